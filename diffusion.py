@@ -35,7 +35,7 @@ context, spacing = 16, 8  # [3] characters before a window's holes; least distan
 dropout = 0.0  # [4] hiding is noise enough: no text is ever seen twice in the same way,
 max_iters = 10000  # [4] and so it goes on learning for longer
 eval_interval = 250  # iterations between validations
-learning_rate, warmup_iters, weight_decay = 2e-3, 100, 0.1
+learning_rate, warmup_iters, weight_decay = 0.01, 100, 0.1
 
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")

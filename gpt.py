@@ -28,7 +28,7 @@ n_layer, n_head, n_embd = 6, 6, 384
 dropout = 0.2
 max_iters = 5000
 eval_interval = 250  # iterations between validations
-learning_rate, warmup_iters, weight_decay = 2e-3, 100, 0.1
+learning_rate, warmup_iters, weight_decay = 0.01, 100, 0.1
 
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
