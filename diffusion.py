@@ -60,7 +60,7 @@ def read_splits(path):
     text = path.read_text(encoding="utf-8")
     split = int(0.9 * len(text))
     if len(text) - split <= block_size:
-        raise ValueError(f"{path} is too short: it needs {10 * (block_size + 1)} characters")
+        raise ValueError(f"{path} is too short: it needs {10 * block_size + 1} characters")
     return text[:split], text[split:]
 
 

@@ -1,0 +1,39 @@
+"""What the tests share: both scripts at a small size, and models with random weights."""
+
+import pytest
+import torch
+
+import diffusion
+import gpt
+
+CHARS = "abcdefghijklmnopqrstuvwxyz .\n"
+
+
+@pytest.fixture(params=[gpt, diffusion], ids=lambda script: script.name)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Shrinks both models; the window stays at 256 with 16 characters of context."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 8}
+    for module in (gpt, diffusion):
+        for key, value in {**sizes, "dropout": 0.0, "max_iters": 2, "warmup_iters": 5}.items():
+            monkeypatch.setattr(module, key, value)
+
+
+def random_model(script, chars=CHARS, seed=0):
+    """A model whose every weight is random: a fresh one predicts next to nothing from its input."""
+    torch.manual_seed(seed)
+    model = script.Model(script.CharTokenizer(chars), "once upon a time").eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return model
+
+
+def checkpoint(model, path):
+    weights = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    chars = model.tokenizer.chars
+    torch.save({"chars": chars, "prompt": model.prompt, "weights": weights}, path)
+    return path

@@ -1,0 +1,208 @@
+"""Replays in the terminal how diffusion.py writes, and gpt.py beside it: a frame is a forward pass.
+
+It calls no model. It records the texts that their generate() yields, and the time of each, then
+plays them. Four states: prompt (bold), hidden (shaded), just written (reversed), settled (plain).
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+import unicodedata
+from bisect import bisect
+from collections import namedtuple
+from contextlib import contextmanager
+from itertools import chain, groupby
+
+import torch
+from tqdm import tqdm
+
+import diffusion
+import gpt
+
+# One pass: the text it left, the seconds until then, and the number and span of its active block.
+Frame = namedtuple("Frame", "text seconds block start end")
+
+
+# ---- recording ---------------------------------------------------------------------------------
+def known(text):
+    """How many characters of text are not hidden."""
+    return len(text) - text.count("_")
+
+
+def record(frames, texts, total, name):
+    """Appends a Frame for each of texts to frames, whose first one holds the prompt.
+
+    Where a block starts can be read off the texts: at the first hole, once the last block has none.
+    A GPT's one hole is the end of its text, so the same rule cuts its text into the same blocks.
+    """
+    begin, block, start, end = time.perf_counter(), 0, 0, 0
+    with tqdm(total=total, desc=name, unit=" characters", leave=False, disable=None) as bar:
+        for text in texts:
+            before = frames[-1].text
+            hole = f"{before}_".index("_")
+            if hole >= end:
+                block, start = block + 1, hole
+                end = max(0, hole - diffusion.context) + diffusion.block_size
+            frames.append(Frame(text, time.perf_counter() - begin, block, start, end))
+            bar.update(known(text) - known(before))
+
+
+# ---- one frame ---------------------------------------------------------------------------------
+def look():
+    """The glyphs and styles, without what the encoding lacks and what NO_COLOR forbids."""
+    replaced = b"?" in "░│━─".encode(sys.stdout.encoding, "replace")
+    prompt, new = ("1", "7") if os.environ.get("NO_COLOR") else ("1;35", "7;32")
+    styles = {"prompt": prompt, "hidden": "2", "new": new, "settled": ""}
+    return "_|=-" if replaced else "░│━─", styles
+
+
+def figures(frames, i):
+    """What can be counted at frame i; each figure has the same width in all frames."""
+    last = len(frames) - 1
+    passes, frame, blocks = min(i, last), frames[min(i, last)], frames[-1].block
+    written, total = (known(f.text) - known(frames[0].text) for f in (frame, frames[-1]))
+    status = f"block {frame.block:{len(str(blocks))}} of {blocks}"
+    return [
+        status if i <= last else f"{'done':{len(status)}}",
+        f"{passes:{len(str(total))}} passes",
+        f"{written:{len(str(total))}} chars",
+        f"{written / max(passes, 1):5.2f} per pass",
+        f"{frame.seconds:4.1f} s",
+    ]
+
+
+def layout(text, width):
+    """The span of each row: up to a newline, else up to the last space that fits, else full.
+
+    That newline or space has a cell of its own, for it can be hidden too.
+    """
+    wide = any(unicodedata.east_asian_width(c) in "WF" for c in set(text))  # two cells each
+    n = max(1, width // 2 if wide else width)
+    rows = re.finditer(rf".{{,{n - 1}}}(?:\s|\Z)|.{{{n}}}", text)
+    return [row.span() for row in rows if row[0]]
+
+
+def pane(name, frames, i, width, height):
+    """Frame i of one model, in at most height rows: the figures, then the text around its block."""
+    frame, prompt, final = frames[min(i, len(frames) - 1)], frames[0].text, frames[-1].text
+    text, before = frame.text, frames[min(i, len(frames)) - 1].text.ljust(len(final), "_")
+    (mask, margin, full, rest), styles = look()
+    drawn = "".join(mask if c == "_" else c if c.isprintable() else " " for c in text)
+
+    def state(j):
+        if text[j] == "_":
+            return "hidden"
+        if prompt[j : j + 1] not in ("", "_"):
+            return "prompt"
+        return "new" if before[j] == "_" else "settled"
+
+    parts = [part.replace(" ", "\xa0") for part in (name, *figures(frames, i))]
+    lines = ("  ".join(parts[:2]), "  ".join(parts[2:]))  # textwrap does not break at "\xa0"
+    rows = [row.replace("\xa0", " ") for line in lines for row in textwrap.wrap(line, width)]
+    rows = [rows[0].replace(name, f"\x1b[1m{name}\x1b[m"), *rows[1:]][: max(1, height // 2)]
+    if height > 9:
+        done = width * (known(text) - known(prompt)) // (known(final) - known(prompt))
+        rows.append(f"{full * done}\x1b[2m{rest * (width - done)}\x1b[m")
+
+    spans, space = layout(final, width - 2), height - len(rows) - (height > 9)
+    ends, hole = [end for _, end in spans[:-1]], f"{before}_".index("_")
+    # The block's end stays in view; where that would push out the first hole, the hole does.
+    top = max(0, min(bisect(ends, frame.end - 1) - space + 1, bisect(ends, hole)))
+    for start, end in spans[top : top + space]:
+        active = start < min(len(text), frame.end) and frame.start < end and i < len(frames)
+        row = f"\x1b[2m{margin}\x1b[m " if active else "  "
+        for name, run in groupby(range(start, min(end, len(text))), state):
+            row += f"\x1b[{styles[name]}m{''.join(drawn[j] for j in run)}\x1b[m"
+        rows.append(row)
+    return rows + [""] * (height - len(rows))
+
+
+def show(takes, i):
+    """Draws frame i of all takes at once: a terminal that knows DEC 2026 shows no half of it."""
+    columns, lines = (n or 40 for n in os.get_terminal_size(sys.stdout.fileno()))  # 0: unknown
+    beside = columns >= 100 or len(takes) == 1
+    width = (columns + 3) // len(takes) - 3 if beside else columns
+    height = lines if beside else lines // len(takes)
+    panes = [pane(name, frames, i, width, height) for name, frames in takes.items()]
+    if beside:
+        rows = [f"\x1b[{columns - width + 1}G".join(parts) for parts in zip(*panes, strict=True)]
+    else:
+        rows = [*chain(*panes), ""]  # of an odd number of lines one is left over
+    rows = "".join(f"\x1b[{y}H\x1b[K{row}" for y, row in enumerate(rows[:lines], 1))
+    print(f"\x1b[?2026h{rows}\x1b[?2026l", end="", flush=True)
+
+
+@contextmanager
+def stage():
+    """The alternate screen without a cursor, left again however the block ends, by SIGTERM too."""
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        print("\x1b[?1049h\x1b[?25l", end="", flush=True)
+        yield
+    finally:
+        print("\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l", end="", flush=True)
+        signal.signal(signal.SIGTERM, handler)
+
+
+# ---- command line ------------------------------------------------------------------------------
+def main(argv=None):
+    """Records, replays, prints the texts; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: sys.exit(print(f"visualize.py: {message}", file=sys.stderr) or 2)
+    add = parser.add_argument
+    add("--compare", action="store_true", help="show gpt.py beside diffusion.py")
+    add("--blocks", default=5, type=int, metavar="N", help="windows to fill (5)")
+    add("--fps", default=20, type=int, metavar="N", help="forward passes per second (20)")
+    add("--prompt", metavar="TEXT", help="the text to start from; diffusion fills its holes, '_'")
+    add("--temp", default=0.8, type=float, metavar="T", help="temperature, 0 = greedy (0.8)")
+    add("--seed", default=1337, type=int, metavar="N", help="of the random numbers (1337)")
+    args = parser.parse_args(argv)
+    if args.blocks < 1 or args.fps < 1:
+        parser.error("--blocks and --fps take whole numbers from 1 up")
+    if not 0 <= args.temp < float("inf") or not 0 <= args.seed < 2**63:
+        parser.error("--temp and --seed take numbers from 0 up")
+    if os.name == "nt":
+        os.system("")  # a Windows console takes escape sequences from now on
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(errors="replace")
+    length = args.blocks * (diffusion.block_size - diffusion.context)
+    modules = (diffusion, gpt) if args.compare else (diffusion,)
+    takes, i = {}, sys.maxsize  # the frames of each model, and the one shown: all there is
+    try:
+        models = [module.load(module.weights_path) for module in modules]
+        prompt = models[0].prompt if args.prompt is None else args.prompt
+        if args.compare and (not prompt or "_" in prompt):
+            raise ValueError("for GPT the prompt needs a character and no '_': drop --compare?")
+        for model in models:
+            model.tokenizer.encode(prompt)
+        for module, model in zip(modules, models, strict=True):
+            frames = takes[module.name] = [Frame(prompt, 0.0, 0, 0, 0)]
+            torch.manual_seed(args.seed)
+            texts = module.generate(model, prompt, length, args.temp)
+            record(frames, texts, length + prompt.count("_"), module.name)
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            with stage():
+                for i in range(1, max(map(len, takes.values())) + 1):
+                    show(takes, i)
+                    time.sleep(1 / args.fps)
+                time.sleep(1)  # to look at the end
+    except ValueError as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        for name, frames in takes.items():
+            print(f"\n{name}\n" * args.compare, end="", file=sys.stderr)
+            print(frames[min(i, len(frames) - 1)].text, flush=True)
+        for name, frames in takes.items():
+            print(f"{name:9}  {'  '.join(figures(frames, i)[1:])}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
+    main()
