@@ -36,8 +36,8 @@ def known(text):
 def record(frames, texts, total, name):
     """Appends a Frame for each of texts to frames, whose first one holds the prompt.
 
-    Where a block starts can be read off the texts: at the first hole, once the last block has none.
-    A GPT's one hole is the end of its text, so the same rule cuts its text into the same blocks.
+    Once a block has no hole left, the next one starts at the first hole behind it. A GPT's one hole
+    is the end of its text, so the same rule counts the same blocks there.
     """
     begin, block, start, end = time.perf_counter(), 0, 0, 0
     with tqdm(total=total, desc=name, unit=" characters", leave=False, disable=None) as bar:
@@ -89,16 +89,13 @@ def layout(text, width):
 def pane(name, frames, i, width, height):
     """Frame i of one model, in at most height rows: the figures, then the text around its block."""
     frame, prompt, final = frames[min(i, len(frames) - 1)], frames[0].text, frames[-1].text
-    text, before = frame.text, frames[min(i, len(frames)) - 1].text.ljust(len(final), "_")
+    text, before = frame.text, frames[min(i, len(frames)) - 1].text.ljust(len(frame.text), "_")
     (mask, margin, full, rest), styles = look()
-    drawn = "".join(mask if c == "_" else c if c.isprintable() else " " for c in text)
-
-    def state(j):
-        if text[j] == "_":
-            return "hidden"
-        if prompt[j : j + 1] not in ("", "_"):
-            return "prompt"
-        return "new" if before[j] == "_" else "settled"
+    cells = [mask if c == "_" else c if c.isprintable() else " " for c in text]
+    states = [
+        "hidden" if now == "_" else "prompt" if given != "_" else "new" if was == "_" else "settled"
+        for now, given, was in zip(text, prompt.ljust(len(text), "_"), before, strict=True)
+    ]
 
     parts = [part.replace(" ", "\xa0") for part in (name, *figures(frames, i))]
     lines = ("  ".join(parts[:2]), "  ".join(parts[2:]))  # textwrap does not break at "\xa0"
@@ -115,8 +112,8 @@ def pane(name, frames, i, width, height):
     for start, end in spans[top : top + space]:
         active = start < min(len(text), frame.end) and frame.start < end and i < len(frames)
         row = f"\x1b[2m{margin}\x1b[m " if active else "  "
-        for name, run in groupby(range(start, min(end, len(text))), state):
-            row += f"\x1b[{styles[name]}m{''.join(drawn[j] for j in run)}\x1b[m"
+        for state, run in groupby(range(start, min(end, len(text))), states.__getitem__):
+            row += f"\x1b[{styles[state]}m{''.join(cells[j] for j in run)}\x1b[m"
         rows.append(row)
     return rows + [""] * (height - len(rows))
 
@@ -128,10 +125,8 @@ def show(takes, i):
     width = (columns + 3) // len(takes) - 3 if beside else columns
     height = lines if beside else lines // len(takes)
     panes = [pane(name, frames, i, width, height) for name, frames in takes.items()]
-    if beside:
-        rows = [f"\x1b[{columns - width + 1}G".join(parts) for parts in zip(*panes, strict=True)]
-    else:
-        rows = [*chain(*panes), ""]  # of an odd number of lines one is left over
+    right = f"\x1b[{columns - width + 1}G"  # to the first column of the pane on the right
+    rows = [*map(right.join, zip(*panes, strict=True))] if beside else [*chain(*panes), ""]
     rows = "".join(f"\x1b[{y}H\x1b[K{row}" for y, row in enumerate(rows[:lines], 1))
     print(f"\x1b[?2026h{rows}\x1b[?2026l", end="", flush=True)
 
@@ -166,9 +161,8 @@ def main(argv=None):
     if not 0 <= args.temp < float("inf") or not 0 <= args.seed < 2**63:
         parser.error("--temp and --seed take numbers from 0 up")
     if os.name == "nt":
-        os.system("")  # a Windows console takes escape sequences from now on
-        sys.stdout.reconfigure(encoding="utf-8")
-    sys.stdout.reconfigure(errors="replace")
+        os.system("")  # from now on a Windows console takes escape sequences
+    sys.stdout.reconfigure(encoding="utf-8" if os.name == "nt" else None, errors="replace")
     length = args.blocks * (diffusion.block_size - diffusion.context)
     modules = (diffusion, gpt) if args.compare else (diffusion,)
     takes, i = {}, sys.maxsize  # the frames of each model, and the one shown: all there is
