@@ -62,12 +62,12 @@ def look():
 
 def figures(frames, i):
     """What can be counted at frame i; each figure has the same width in all frames."""
-    last = len(frames) - 1
-    passes, frame, blocks = min(i, last), frames[min(i, last)], frames[-1].block
+    passes, blocks = min(i, len(frames) - 1), frames[-1].block
+    frame = frames[passes]
     written, total = (known(f.text) - known(frames[0].text) for f in (frame, frames[-1]))
     status = f"block {frame.block:{len(str(blocks))}} of {blocks}"
     return [
-        status if i <= last else f"{'done':{len(status)}}",
+        status if i == passes else f"{'done':{len(status)}}",
         f"{passes:{len(str(total))}} passes",
         f"{written:{len(str(total))}} chars",
         f"{written / max(passes, 1):5.2f} per pass",
@@ -76,10 +76,7 @@ def figures(frames, i):
 
 
 def layout(text, width):
-    """The span of each row: up to a newline, else up to the last space that fits, else full.
-
-    That newline or space has a cell of its own, for it can be hidden too.
-    """
+    """The span of each row, with the newline or the space it ends at: they can be hidden too."""
     wide = any(unicodedata.east_asian_width(c) in "WF" for c in set(text))  # two cells each
     n = max(1, width // 2 if wide else width)
     rows = re.finditer(rf".{{,{n - 1}}}(?:\s|\Z)|.{{{n}}}", text)
@@ -170,7 +167,7 @@ def main(argv=None):
         models = [module.load(module.weights_path) for module in modules]
         prompt = models[0].prompt if args.prompt is None else args.prompt
         if args.compare and (not prompt or "_" in prompt):
-            raise ValueError("for GPT the prompt needs a character and no '_': drop --compare?")
+            raise ValueError("GPT reads no '_' and no empty prompt: change it or drop --compare")
         for model in models:
             model.tokenizer.encode(prompt)
         for module, model in zip(modules, models, strict=True):

@@ -58,11 +58,11 @@ def test_cached_logits_equal_uncached_ones(given):
     model, reads = random_model(gpt), []
     model.register_forward_hook(lambda _, args, logits: reads.append((args[0], logits[0, -1])))
     prompt = "".join(CHARS[i] for i in torch.randint(len(CHARS), (given,)))
-    *_, text = gpt.generate(model, prompt, length=400, temp=0.8)
+    *_, text = gpt.generate(model, prompt, length=400)
     ids = model.tokenizer.encode(text)
     assert len(reads) == 400
     window, fresh = given if given <= 256 else 128, True
-    for end, (read, logits) in enumerate(list(reads), start=given):
+    for end, (read, logits) in enumerate(list(reads), given):
         assert read.size(1) == (window if fresh else 1)
         uncached = model(ids[None, end - window : end])[0, -1]
         assert torch.allclose(logits, uncached, atol=1e-3), (end, window)

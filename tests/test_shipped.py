@@ -1,0 +1,64 @@
+"""The real text and the weights in the repository, where they are there."""
+
+import hashlib
+import re
+
+import pytest
+import torch
+
+import diffusion
+import gpt
+
+text_is_here = pytest.mark.skipif(not gpt.data_path.exists(), reason="there is no data.txt")
+weights_are_here = pytest.mark.skipif(
+    not (gpt.weights_path.exists() and diffusion.weights_path.exists()),
+    reason="there are no weights in weights/",
+)
+
+
+@pytest.fixture(autouse=True)
+def real(small, monkeypatch):
+    """Takes back what conftest.py shrinks."""
+    monkeypatch.undo()
+
+
+@text_is_here
+def test_the_text_is_tiny_shakespeare(script):
+    content = script.data_path.read_bytes()
+    assert hashlib.sha256(content).hexdigest() == script.data_sha256
+    train, validation = script.read_splits(script.data_path)
+    assert (train + validation).encode() == content and len(validation) == 111_540
+    tokenizer = script.CharTokenizer(train + validation)
+    assert len(tokenizer.chars) == 65
+    assert tokenizer.decode(tokenizer.encode(validation)) == validation
+
+
+@weights_are_here
+def test_the_weights_are_of_this_model(script):
+    model = script.load(script.weights_path)
+    assert sum(weight.numel() for weight in model.parameters()) // 100_000 == 106
+    assert len(model.prompt) == 16 and not model.training
+    assert script.weights_path.stat().st_size < 22e6
+
+
+@text_is_here
+@weights_are_here
+def test_the_weights_predict_what_they_were_not_trained_on(script):
+    """Better than a 7-gram (1.545), and a bound better than a 5-gram's score, on a tenth of it."""
+    validation = script.read_splits(script.data_path)[1][-12_000:]
+    score = script.evaluate(script.load(script.weights_path), validation)
+    assert 1.2 < score < (1.545 if script is gpt else 1.85)
+
+
+@text_is_here
+@weights_are_here
+def test_what_they_write_are_mostly_words_and_lines(script):
+    train, _ = script.read_splits(script.data_path)
+    known = set(re.findall(r"[a-z']+", train.lower()))
+    torch.manual_seed(0)
+    *_, text = script.generate(script.load(script.weights_path), length=720)
+    words = re.findall(r"[a-z']+", text.lower())
+    assert 90 < len(words) < 200
+    assert sum(word in known for word in words) / len(words) > 0.7
+    assert 8 < text.count("\n") < 90
+    assert text[100:300] not in train
