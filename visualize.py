@@ -130,14 +130,12 @@ def show(takes, i):
 
 @contextmanager
 def stage():
-    """The alternate screen without a cursor, left again however the block ends, by SIGTERM too."""
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """The alternate screen without a cursor, left again however the block ends."""
     try:
         print("\x1b[?1049h\x1b[?25l", end="", flush=True)
         yield
     finally:
         print("\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l", end="", flush=True)
-        signal.signal(signal.SIGTERM, handler)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -163,6 +161,7 @@ def main(argv=None):
     length = args.blocks * (diffusion.block_size - diffusion.context)
     modules = (diffusion, gpt) if args.compare else (diffusion,)
     takes, i = {}, sys.maxsize  # the frames of each model, and the one shown: all there is
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so each finally runs
     try:
         models = [module.load(module.weights_path) for module in modules]
         prompt = models[0].prompt if args.prompt is None else args.prompt
@@ -191,6 +190,7 @@ def main(argv=None):
             print(frames[min(i, len(frames) - 1)].text, flush=True)
         for name, frames in takes.items():
             print(f"{name:9}  {'  '.join(figures(frames, i)[1:])}", file=sys.stderr)
+        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == "__main__":

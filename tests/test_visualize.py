@@ -311,7 +311,8 @@ def test_the_margin_marks_the_active_block(compared):
             marked = [row[2:] for row in pane[HEADER:] if row[0].data == "│"]
             active = inked("".join(map(string, marked)))
             assert active.endswith(inked(text[start:]))
-            assert len(active) - len(inked(text[start:])) < 60  # of the row they share
+            shared = len(active) - len(inked(text[start:]))  # in the row where the block begins
+            assert shared <= len(inked(string(marked[0])))
 
 
 # ---- one model, other terminals ----------------------------------------------------------------
@@ -443,6 +444,20 @@ def test_no_frame_is_larger_than_the_terminal(size, models, monkeypatch, capfd):
         assert ("gpt  " in everything) == (models == 2)
 
 
+def test_nothing_of_the_frame_before_is_left(monkeypatch, capfd):
+    """Also where the text scrolls and where the terminal was larger: the same as on a clean one."""
+    takes = {"gpt": take(SPEECH[:16], *(SPEECH[:n] for n in range(17, 400)))}
+    output = ""
+    for i, size in ((1, (90, 20)), (350, (90, 20)), (370, (30, 20)), (384, (30, 12))):
+        monkeypatch.setattr(visualize.os, "get_terminal_size", lambda fd, size=size: size)
+        visualize.show(takes, i)
+        output += (frame := capfd.readouterr().out)
+        (clean,), (*_, drawn) = screens(frame, 30, 12), screens(output, 30, 12)
+        assert [string(row) for row in drawn[: size[1]]] == [
+            string(row) for row in clean[: size[1]]
+        ]
+
+
 def test_wide_characters_take_two_cells(monkeypatch, capfd):
     takes = {"diffusion": take("天", "天" + "_" * 99, "天地玄黄宇宙洪荒日月" * 10)}
     for i in (1, 2):
@@ -514,6 +529,24 @@ def test_the_same_seed_starts_each_model(toy_modules, capfd):
     assert both == f"{alone}{theirs}\n"
     visualize.main(["--blocks", "1", "--seed", "8"])
     assert capfd.readouterr().out != alone
+
+
+def test_an_interrupted_recording_leaves_the_text_so_far(toy_modules, monkeypatch, capfd):
+    fine, seen = diffusion.generate, []
+
+    def interrupted(*args):
+        for text in fine(*args):
+            seen.append(text)
+            yield text
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(diffusion, "generate", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        visualize.main(["--compare"])
+    assert (ended.value.code, capfd.readouterr().out) == (130, f"{seen[-1]}\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
