@@ -1,8 +1,7 @@
 """A GPT on Tiny Shakespeare: it writes from left to right, one character per forward pass.
 
-Token embedding, rotary positions (RoPE), RMSNorm without weights, normed queries and keys, ReLU^2
-MLP, no biases. gpt.py and diffusion.py differ in five places and nowhere else, for `diff gpt.py
-diffusion.py` is the lesson: what need not differ is written twice on purpose, to the letter.
+RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases. gpt.py and diffusion.py differ in
+five places, so that `diff gpt.py diffusion.py` is the lesson; all else stands in both on purpose.
 """
 
 import argparse
@@ -290,16 +289,17 @@ def main(argv=None):
     add("--temp", default=0.8, type=float, metavar="T", help="temperature, 0 = greedy (0.8)")
     add("--seed", default=1337, type=int, metavar="N", help="of the random numbers (1337)")
     args = parser.parse_args(argv)
-    if args.length < 0 or not 0 <= args.temp < math.inf or not 0 <= args.seed < 2**63:
+    if not (0 <= args.length < 1e9 and 0 <= args.temp < math.inf and 0 <= args.seed < 2**63):
         parser.error("--length, --temp and --seed take numbers from 0 up")
-    torch.manual_seed(args.seed)
     try:
+        model = None if args.train else load(args.weights)
+        torch.manual_seed(args.seed)
         if args.train:
             train(args.data, args.weights)
         elif args.eval:
-            report(load(args.weights), read_splits(args.data)[1])
+            report(model, read_splits(args.data)[1])
         else:
-            write(load(args.weights), args.prompt, args.length, args.temp)
+            write(model, args.prompt, args.length, args.temp)
     except (OSError, ValueError) as error:
         parser.error(error)
     except KeyboardInterrupt:

@@ -47,8 +47,9 @@ def fails(script, capsys, *args):
 def test_writes_the_text_to_standard_output(script, here, capsys):
     script.main(["--length", "300", "--prompt", "a time"])
     output = capsys.readouterr()
+    model = script.load(script.weights_path)
     torch.manual_seed(1337)
-    texts = list(script.generate(script.load(script.weights_path), "a time", 300))
+    texts = list(script.generate(model, "a time", 300))
     assert output.out == texts[-1] + "\n"
     assert f"300 characters, {len(texts)} passes" in output.err
     script.main(["--length", "300", "--prompt", "a time", "--seed", "1", "--temp", "2"])
@@ -103,6 +104,7 @@ def test_eval_prints_a_table(script, here, capsys):
     [
         (["--length", "-1"], "--length"),
         (["--length", "many"], "--length"),
+        (["--length", str(10**22)], "--length"),
         (["--temp", "-0.1"], "--temp"),
         (["--temp", "nan"], "--temp"),
         (["--temp", "inf"], "--temp"),

@@ -421,7 +421,10 @@ def shown(takes, i, columns, lines, monkeypatch, capfd):
     """The screen's rows of cells that visualize.show draws at a size."""
     monkeypatch.setattr(visualize.os, "get_terminal_size", lambda fd: (columns, lines))
     visualize.show(takes, i)
-    return next(screens(capfd.readouterr().out, columns, lines))
+    output = capfd.readouterr().out
+    drawn = [int(y) for y in re.findall(r"\x1b\[(\d+)H", output)]
+    assert drawn == list(range(1, lines + 1))  # further down a terminal clears its last row
+    return next(screens(output, columns, lines))
 
 
 SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. " * 9
@@ -442,6 +445,7 @@ def test_no_frame_is_larger_than_the_terminal(size, models, monkeypatch, capfd):
         everything = "\n".join(map(string, rows))
         assert everything.count("diffusion") == everything.count("diffusion  ") == 1
         assert ("gpt  " in everything) == (models == 2)
+        assert ("gpt  " in string(rows[0])) == (models == 2 and size[0] >= 100)
 
 
 def test_nothing_of_the_frame_before_is_left(monkeypatch, capfd):
