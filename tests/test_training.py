@@ -93,15 +93,16 @@ def test_gpt_is_asked_for_the_next_character():
 
 
 def test_the_bound_by_hand(monkeypatch):
-    """A model that gives the right character n / (T + 1) where n are hidden. With as many draws as
-    characters every n comes once, so the bound is the mean of -log(n / (T + 1)) over n."""
+    """A model that gives a n / (T + 1) where n are hidden, and b the rest: 8 windows of a, 8 of b.
+    With as many draws as characters, each window sees every n once, so both kinds score the mean of
+    -log(n / (T + 1)) over n."""
     monkeypatch.setattr(diffusion, "block_size", 16)
 
     def logits(ids):
         p = (ids == 2).sum(1) / 17
         return torch.stack((p, 1 - p), -1).log()[:, None].expand(-1, 16, 2)
 
-    score = diffusion.evaluate(Stub(diffusion, "ab", logits), "a" * 81)
+    score = diffusion.evaluate(Stub(diffusion, "ab", logits), "a" * 129 + "b" * 128)
     assert score == pytest.approx(-sum(math.log(n / 17) for n in range(1, 17)) / 16, abs=1e-6)
 
 
