@@ -170,13 +170,13 @@ def most_certain(logits, holes, spacing):  # [3]
 
 @torch.inference_mode()
 def generate(model, prompt=None, length=2000, temp=0.8, spacing=None):  # [3]
-    """Fills the holes "_" in prompt (default: the model's) and length more after it.
+    """Writes length characters behind prompt (default: the model's).
 
     Yields the whole text so far after every pass; ValueError if the prompt cannot be read.
+    Holes "_" in prompt are filled too; those of the active window are shown, later ones not. [3]
     """
     text = model.prompt if prompt is None else prompt
     given, text, mask = len(text), text + "_" * length, model.tokenizer.mask  # [3]
-    spacing = spacing or globals()["spacing"]
     ids = model.tokenizer.encode(text).to(model.rope.device)
     while "_" in text:  # [3]
         start = max(0, text.index("_") - context)
@@ -185,7 +185,7 @@ def generate(model, prompt=None, length=2000, temp=0.8, spacing=None):  # [3]
         beyond = (0, block_size - window.size(1))  # holes past the end only pad the window
         while "_" in text[start:end]:
             logits = model(F.pad(window, beyond, value=mask))[:, : window.size(1)]
-            chosen = most_certain(logits, window == mask, spacing)
+            chosen = most_certain(logits, window == mask, spacing or globals()["spacing"])
             window.copy_(torch.where(chosen, draw(logits, temp), window))
             text = text[:start] + model.tokenizer.decode(window[0]) + text[end:]
             yield text[: max(end, given)]
@@ -244,17 +244,17 @@ def exact(model, windows, spacing, given=16):  # [3]
 def report(model, text):
     """Prints nats and bits per character: over all windows, and of writing 240 after 16 given."""
     windows = model.tokenizer.encode(text).to(model.rope.device).unfold(0, block_size, 240)
-    windows = windows if windows.is_cuda else windows[:: -(-len(windows) // 8)]  # [3] seconds each
-    rows = [("all windows", evaluate(model, text), 0, "-")]
+    windows = windows if windows.is_cuda else windows[:: -(-len(windows) // 8)]  # [3] 8 of all
+    rows = [("all windows: upper bound", evaluate(model, text), "", "")]
     gaps = (256, 32, 16, 8, 4, 2)  # [3] 256: one character per pass
     walks = {gap: exact(model, windows, gap) for gap in tqdm(gaps, leave=False)}
     for gap, (nats, passes) in walks.items():
         more, n = nats - walks[256][0], len(nats)
         label = f"spacing {gap:3} {more.mean():+.4f} +- {more.std() / n**0.5:.4f}"
-        rows += [(label, nats.mean(), nats.std() / n**0.5, f"{passes.mean():.1f}")]
-    print(f"{f'{len(nats)} windows of {block_size}':32}    nats      +-    bits  passes")
+        rows += [(label, nats.mean(), f"{nats.std() / n**0.5:.4f}", f"{passes.mean():.1f}")]
+    print(f"{f'per character, {len(nats)} windows':32}    nats      +-    bits  passes")
     for label, mean, error, passes in rows:
-        print(f"{label:32}{mean:8.4f}{error:8.4f}{mean / math.log(2):8.4f}{passes:>8}")
+        print(f"{label:32}{mean:8.4f}{error:>8}{mean / math.log(2):8.4f}{passes:>8}")
 
 
 def train(data, weights):

@@ -157,7 +157,7 @@ def draw(logits, temp):
 
 @torch.inference_mode()
 def generate(model, prompt=None, length=2000, temp=0.8):
-    """Continues prompt (default: the model's) by length characters, one per forward pass.
+    """Writes length characters behind prompt (default: the model's).
 
     Yields the whole text so far after every pass; ValueError if the prompt cannot be read.
     """
@@ -201,11 +201,11 @@ def report(model, text):
     """Prints nats and bits per character: over all windows, and of writing 240 after 16 given."""
     windows = model.tokenizer.encode(text).to(model.rope.device).unfold(0, block_size, 240)
     nats = torch.stack([loss_fn(model, window[None], given=16) for window in windows])
-    rows = [("all windows", evaluate(model, text), 0, "-")]
-    rows += [("240 after 16", nats.mean(), nats.std() / len(nats) ** 0.5, "240.0")]
-    print(f"{f'{len(nats)} windows of {block_size}':32}    nats      +-    bits  passes")
+    error = f"{nats.std() / len(nats) ** 0.5:.4f}"
+    rows = ("all windows", evaluate(model, text), "", ""), ("240 after 16", nats.mean(), error, 240)
+    print(f"{f'per character, {len(nats)} windows':32}    nats      +-    bits  passes")
     for label, mean, error, passes in rows:
-        print(f"{label:32}{mean:8.4f}{error:8.4f}{mean / math.log(2):8.4f}{passes:>8}")
+        print(f"{label:32}{mean:8.4f}{error:>8}{mean / math.log(2):8.4f}{passes:>8}")
 
 
 def train(data, weights):

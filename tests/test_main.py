@@ -83,7 +83,8 @@ def test_eval_prints_a_table(script, here, capsys):
     script.main(["--eval"])
     lines = capsys.readouterr().out.splitlines()
     score = script.evaluate(script.load(script.weights_path), (TEXT * 3)[-1050:])
-    assert lines[1].split()[:3] == ["all", "windows", f"{score:.4f}"]
+    assert lines[1].startswith("all windows") and f" {score:.4f} " in lines[1]
+    assert ("upper bound" in lines[1]) is (script is diffusion)
     assert len(lines) == (3 if script is gpt else 8)
     if script is gpt:  # its exact figure needs no cache: the same by hand
         model = script.load(script.weights_path)
