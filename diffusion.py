@@ -91,7 +91,7 @@ def norm(x):
 
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864): turns pairs in x (B, n_head, T, D) by angles that grow along T."""
+    """RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by angles that grow along T."""
     (a, b), (cos, sin) = x.chunk(2, -1), rope
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
@@ -109,8 +109,8 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
     def forward(self, x, rope):  # [2]
         B, T, C = x.shape
         qkv = self.qkv(norm(x)).view(B, T, 3, n_head, C // n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, D)
+        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
         # [2] both ways, and no cache: what is written changes the keys and values of all the rest
         y = F.scaled_dot_product_attention(q, k, v, is_causal=False)
         y = y.transpose(1, 2).reshape(B, T, C)

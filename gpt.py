@@ -84,7 +84,7 @@ def norm(x):
 
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864): turns pairs in x (B, n_head, T, D) by angles that grow along T."""
+    """RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by angles that grow along T."""
     (a, b), (cos, sin) = x.chunk(2, -1), rope
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
@@ -102,11 +102,11 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
     def forward(self, x, rope, cache):
         B, T, C = x.shape
         qkv = self.qkv(norm(x)).view(B, T, 3, n_head, C // n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, D)
+        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
         if cache is not None:
-            past = cache.get(self, (k[:, :, :0], v[:, :, :0]))
-            k, v = cache[self] = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            cache[..., -T:, :] = torch.stack((k, v))
+            k, v = cache
         y = F.scaled_dot_product_attention(q, k, v, is_causal=k.size(2) == T)
         y = y.transpose(1, 2).reshape(B, T, C)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -129,11 +129,11 @@ class Model(nn.Module):
 
     def forward(self, ids, cache=None):
         """ids (B, T) -> logits (B, T, V), float32."""
-        start = cache[self.blocks[0]][0].size(2) if cache else 0  # if any, ids is the next one
+        start = 0 if cache is None else cache.size(-2) - ids.size(1)
         rope = self.rope[:, start : start + ids.size(1)]
         x = norm(self.embed(ids))
-        for block in self.blocks:
-            x = block(x, rope, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, None if cache is None else cache[i])
         return self.head(norm(x)).float()
 
 
@@ -165,14 +165,13 @@ def generate(model, prompt=None, length=2000, temp=0.8):
     if not text:
         raise ValueError("the prompt is empty: give a character to start from")
     ids = model.tokenizer.encode(text).to(model.rope.device)
-    start, read, cache = 0, 0, {}  # cache: for each block, the keys and values of ids[start:read]
+    start = read = 0  # the cache holds the keys and values, in this order, of ids[start:read]
+    cache = torch.zeros(n_layer, 2, 1, n_head, block_size, n_embd // n_head, device=ids.device)
     for _ in range(length):
         if len(ids) - start > block_size:  # full: read the last half anew, from position 0
             start = read = len(ids) - block_size // 2
-            cache = {}
-        logits = model(ids[None, read:], cache)
-        read = len(ids)
-        ids = torch.cat((ids, draw(logits[:, -1], temp)))
+        logits = model(ids[None, read:], cache[..., : len(ids) - start, :])
+        read, ids = len(ids), torch.cat((ids, draw(logits[:, -1], temp)))
         text += model.tokenizer.decode(ids[-1:])
         yield text
 
