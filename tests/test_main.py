@@ -220,11 +220,10 @@ def test_own_text_is_never_fetched(script, server, capsys, tmp_path):
     assert "mine.txt" in fails(script, capsys, "--train", "--data", tmp_path / "mine.txt")
 
 
-def test_the_real_script(script, tmp_path):
+def test_the_real_script(tmp_path):
     """From another folder, with weights of the other script, one line and exit code 2."""
-    other = diffusion if script is gpt else gpt
-    weights = checkpoint(random_model(other), tmp_path / "weights.pt")
-    command = [sys.executable, ROOT / f"{script.name}.py", "--weights", weights]
+    weights = checkpoint(random_model(diffusion), tmp_path / "weights.pt")
+    command = [sys.executable, ROOT / "gpt.py", "--weights", weights]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -247,11 +246,11 @@ def test_ctrl_c_while_writing_leaves_the_text_so_far(script, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
-def test_a_closed_pipe_ends_the_real_script_quietly(script, tmp_path, monkeypatch):
+def test_a_closed_pipe_ends_the_real_script_quietly(tmp_path, monkeypatch):
     for key, value in (("n_layer", 6), ("n_head", 6), ("n_embd", 384)):
-        monkeypatch.setattr(script, key, value)
-    weights = checkpoint(random_model(script), tmp_path / "weights.pt")
-    command = f"{sys.executable} {script.name}.py --length 400 --weights {weights} | head -c 20"
+        monkeypatch.setattr(diffusion, key, value)
+    weights = checkpoint(random_model(diffusion), tmp_path / "weights.pt")
+    command = f"{sys.executable} diffusion.py --length 400 --weights {weights} | head -c 20"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=99)
     assert done.stdout.startswith("once upon a time") and len(done.stdout) == 20
     assert done.stderr == ""
