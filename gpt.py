@@ -127,7 +127,7 @@ class Model(nn.Module):
         angle = torch.outer(torch.arange(block_size), frequency)  # (T, D / 2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
 
-    def forward(self, ids, cache=None):  # (n_layer, 2, B, n_head, S, D), the last T for ids
+    def forward(self, ids, cache=None):  # cache (n_layer, 2, B, n_head, S, D), its end is for ids
         """ids (B, T) -> logits (B, T, V), float32."""
         start = 0 if cache is None else cache.size(-2) - ids.size(1)
         rope = self.rope[:, start : start + ids.size(1)]

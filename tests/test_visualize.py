@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pyte
 import pytest
 import torch
+from conftest import checkpoint
 
 import diffusion
 import gpt
@@ -50,9 +51,7 @@ def toys(tmp_path_factory):
         shrink(monkeypatch, folder)
         torch.manual_seed(0)
         for module in (diffusion, gpt):
-            model = module.Model(module.CharTokenizer(CHARS), PROMPT)
-            state = {"chars": model.tokenizer.chars, "prompt": PROMPT}
-            torch.save(state | {"weights": model.state_dict()}, module.weights_path)
+            checkpoint(module.Model(module.CharTokenizer(CHARS), PROMPT), module.weights_path)
     return folder
 
 
