@@ -33,8 +33,7 @@ n_layer, n_head, n_embd = 6, 6, 384
 context, spacing = 16, 8  # [3] characters before a window's holes; least distance in one pass
 dropout = 0.0  # [4] hiding is noise enough: no text is ever seen twice in the same way,
 max_iters = 10000  # [4] and so it goes on learning for longer
-eval_interval = 250  # iterations between validations
-learning_rate, warmup_iters, weight_decay = 0.01, 100, 0.1
+learning_rate, warmup_iters, weight_decay, eval_interval = 0.01, 100, 0.1, 250
 
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
@@ -107,14 +106,12 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rope):  # [2]
-        B, T, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, C // n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, D)
-        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
+        B, T, _ = x.shape
+        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]  # each (B, n_head, T, D)
         # [2] both ways, and no cache: what is written changes the keys and values of all the rest
         y = F.scaled_dot_product_attention(q, k, v, is_causal=False)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        x = x + F.dropout(self.proj(y), dropout, self.training)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout, self.training)
         y = F.relu(self.up(norm(x))).square()
         return x + F.dropout(self.down(y), dropout, self.training)
 
@@ -141,6 +138,13 @@ class Model(nn.Module):
         return self.head(norm(x)).float()
 
 
+def best_device():
+    """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device, torch.bfloat16 if cpu or torch.cuda.is_bf16_supported(False) else torch.float32
+
+
 def load(path):
     """The Model in a checkpoint, in eval mode on the best device; ValueError says what to do."""
     problem = "damaged or of another script" if Path(path).exists() else "missing"
@@ -150,7 +154,7 @@ def load(path):
         model.load_state_dict(checkpoint["weights"])
     except Exception:  # a damaged file can fail in any way
         raise ValueError(f"{path} is {problem}: make it with `{name}.py --train`") from None
-    return model.to(torch.accelerator.current_accelerator(True) or "cpu").eval()
+    return model.to(*best_device()).eval()
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -232,8 +236,7 @@ def exact(model, windows, spacing, given=16):  # [3]
     ids[:, given:] = mask
     nats, passes = torch.zeros(2, len(ids), device=ids.device)
     while (holes := ids == mask).any():
-        logits = model(ids)
-        chosen = most_certain(logits, holes, spacing)
+        chosen = most_certain(logits := model(ids), holes, spacing)
         nats += (F.cross_entropy(logits.transpose(1, 2), windows, reduction="none") * chosen).sum(1)
         passes += holes.any(1)
         ids = torch.where(chosen, windows, ids)
@@ -261,14 +264,13 @@ def train(data, weights):
     """Trains on the file data; the file weights holds the best validated so far, also on Ctrl-C."""
     train_text, val_text = read_splits(data)
     tokenizer, weights = CharTokenizer(train_text + val_text), Path(weights)
-    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    device, dtype = best_device()
     weights.parent.mkdir(parents=True, exist_ok=True)
     model = Model(tokenizer, train_text[:16]).to(device)
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    bf16 = torch.cuda.is_bf16_supported(False) or torch.cpu._is_avx512_bf16_supported()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     step = torch.compile(loss_fn) if device.type == "cuda" else loss_fn
     windows = tokenizer.encode(train_text).to(device).unfold(0, block_size + 1, 1)  # a view
     best, saved = math.inf, "nothing saved"
@@ -297,10 +299,8 @@ def train(data, weights):
                     *_, sample = generate(model, length=200)
                 bar.write(f"{sample}\n\niteration {i}: {val:.4f} nats per character\n")
                 if val < best:
-                    best, saved = (
-                        val,
-                        f"{weights} holds iteration {i}: {val:.4f} nats per character",
-                    )
+                    best = val
+                    saved = f"{weights} holds iteration {i}: {val:.4f} nats per character"
                     state = {key: value.bfloat16() for key, value in model.state_dict().items()}
                     state = {"chars": tokenizer.chars, "prompt": model.prompt, "weights": state}
                     torch.save(state, partial := weights.with_suffix(".partial"))

@@ -26,8 +26,7 @@ block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
 dropout = 0.2
 max_iters = 5000
-eval_interval = 250  # iterations between validations
-learning_rate, warmup_iters, weight_decay = 0.01, 100, 0.1
+learning_rate, warmup_iters, weight_decay, eval_interval = 0.01, 100, 0.1, 250
 
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
@@ -100,16 +99,14 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rope, cache):
-        B, T, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, C // n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, D)
-        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
+        B, T, _ = x.shape
+        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]  # each (B, n_head, T, D)
         if cache is not None:
             cache[..., -T:, :] = torch.stack((k, v))
             k, v = cache
         y = F.scaled_dot_product_attention(q, k, v, is_causal=k.size(2) == T)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        x = x + F.dropout(self.proj(y), dropout, self.training)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout, self.training)
         y = F.relu(self.up(norm(x))).square()
         return x + F.dropout(self.down(y), dropout, self.training)
 
@@ -137,6 +134,13 @@ class Model(nn.Module):
         return self.head(norm(x)).float()
 
 
+def best_device():
+    """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device, torch.bfloat16 if cpu or torch.cuda.is_bf16_supported(False) else torch.float32
+
+
 def load(path):
     """The Model in a checkpoint, in eval mode on the best device; ValueError says what to do."""
     problem = "damaged or of another script" if Path(path).exists() else "missing"
@@ -146,7 +150,7 @@ def load(path):
         model.load_state_dict(checkpoint["weights"])
     except Exception:  # a damaged file can fail in any way
         raise ValueError(f"{path} is {problem}: make it with `{name}.py --train`") from None
-    return model.to(torch.accelerator.current_accelerator(True) or "cpu").eval()
+    return model.to(*best_device()).eval()
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -166,7 +170,7 @@ def generate(model, prompt=None, length=2000, temp=0.8):
         raise ValueError("the prompt is empty: give a character to start from")
     ids = model.tokenizer.encode(text).to(model.rope.device)
     start = read = 0  # the cache holds the keys and values, in this order, of ids[start:read]
-    cache = torch.zeros(n_layer, 2, 1, n_head, block_size, n_embd // n_head, device=ids.device)
+    cache = model.head.weight.new_zeros(n_layer, 2, 1, n_head, block_size, n_embd // n_head)
     for _ in range(length):
         if len(ids) - start > block_size:  # full: read the last half anew, from position 0
             start = read = len(ids) - block_size // 2
@@ -211,14 +215,13 @@ def train(data, weights):
     """Trains on the file data; the file weights holds the best validated so far, also on Ctrl-C."""
     train_text, val_text = read_splits(data)
     tokenizer, weights = CharTokenizer(train_text + val_text), Path(weights)
-    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    device, dtype = best_device()
     weights.parent.mkdir(parents=True, exist_ok=True)
     model = Model(tokenizer, train_text[:16]).to(device)
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    bf16 = torch.cuda.is_bf16_supported(False) or torch.cpu._is_avx512_bf16_supported()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     step = torch.compile(loss_fn) if device.type == "cuda" else loss_fn
     windows = tokenizer.encode(train_text).to(device).unfold(0, block_size + 1, 1)  # a view
     best, saved = math.inf, "nothing saved"
@@ -247,10 +250,8 @@ def train(data, weights):
                     *_, sample = generate(model, length=200)
                 bar.write(f"{sample}\n\niteration {i}: {val:.4f} nats per character\n")
                 if val < best:
-                    best, saved = (
-                        val,
-                        f"{weights} holds iteration {i}: {val:.4f} nats per character",
-                    )
+                    best = val
+                    saved = f"{weights} holds iteration {i}: {val:.4f} nats per character"
                     state = {key: value.bfloat16() for key, value in model.state_dict().items()}
                     state = {"chars": tokenizer.chars, "prompt": model.prompt, "weights": state}
                     torch.save(state, partial := weights.with_suffix(".partial"))
