@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHARS, random_model
+from conftest import CHARS, checkpoint, random_model
 
 import diffusion
 import gpt
@@ -68,3 +68,18 @@ def test_cached_logits_equal_uncached_ones(given):
         assert torch.allclose(logits, uncached, atol=1e-3), (end, window)
         fresh = window == 256
         window = 128 if fresh else window + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about the processor")
+def test_a_processor_without_bfloat16_writes_in_float32(script, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dtype == torch.bfloat16)
+    original = random_model(script)
+    model = script.load(checkpoint(original, tmp_path / "weights.pt"))
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    ids = torch.randint(len(CHARS), (4, 256))
+    logits = model(ids)
+    assert logits.dtype == torch.float32
+    assert torch.corrcoef(torch.stack((logits, original(ids))).flatten(1))[0, 1] > 0.97
+    *_, text = script.generate(model, length=400)
+    assert len(text) == 16 + 400

@@ -1,0 +1,291 @@
+"""How many characters a pass may write: the measurements behind README.md and its plot.
+
+    python tests/frontier.py rules 464 20     # every rule on the windows, and words of 20 of them
+    python tests/frontier.py contexts 12      # how a window is shared by context and new characters
+    python tests/frontier.py temperatures 8   # known words and copied runs of samples
+    uv run --with matplotlib tests/frontier.py plot    # frontier.csv -> frontier.svg
+
+The first three print rows of CSV; each name after the numbers limits `rules` to one rule. A rule
+takes the place of diffusion.most_certain, so that the walk of `diffusion.py --eval` measures it:
+exact nats per character, and passes, of windows of 256 characters, 16 given and 240 scored.
+"""
+
+import csv
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+here = Path(__file__).resolve()
+root = here.parent.parent
+sys.path.insert(0, str(root))
+import diffusion  # noqa: E402
+import gpt  # noqa: E402
+
+given = diffusion.context
+local_maximum = diffusion.most_certain
+
+
+# ---- rules: logits (B, T, V), holes (B, T) bool, a parameter -> the holes (B, T) to commit ------
+def uncertainty(logits, kind="entropy"):
+    p = logits.softmax(-1)
+    first, second = p.topk(2, -1).values.unbind(-1)
+    if kind == "entropy":
+        return -(p * logits.log_softmax(-1)).sum(-1)
+    return -first if kind == "top probability" else second - first
+
+
+def most_certain_one(logits, holes, _=None):
+    return local_maximum(logits, holes, holes.size(1))
+
+
+def local_maximum_by(kind):
+    def rule(logits, holes, spacing):
+        rank = uncertainty(logits, kind).masked_fill(~holes, math.inf).argsort(stable=True)
+        rank = rank.argsort().float()
+        return holes & (rank == -F.max_pool1d(-rank, 2 * spacing - 1, 1, spacing - 1))
+
+    return rule
+
+
+def greedy(logits, holes, spacing):
+    """The most certain, then the most certain of those at least spacing away, and so on."""
+    score, free = uncertainty(logits), holes.clone()
+    chosen, place = torch.zeros_like(holes), torch.arange(holes.size(1))
+    while free.any():
+        best = score.masked_fill(~free, math.inf).argmin(1, keepdim=True)
+        chosen |= (place == best) & free
+        free &= (place - best).abs() >= spacing
+    return chosen
+
+
+def segments(logits, holes, width):
+    """The leftmost hole of each segment of width characters."""
+    start = (torch.arange(holes.size(1)) - given).clamp(min=0) // width * width + given
+    before = F.pad(holes.cumsum(1), (1, 0))[:, start]  # holes on the left of the segment
+    return holes & (holes.cumsum(1) == before + 1)
+
+
+def left_to_right(logits, holes, _):
+    return holes & (holes.cumsum(1) == 1)
+
+
+def top_probability(logits, holes, least):
+    sure = -uncertainty(logits, "top probability") > least
+    return holes & sure | most_certain_one(logits, holes)
+
+
+def top_two(logits, holes, least):
+    sure = logits.softmax(-1).topk(2, -1).values.sum(-1) >= least
+    return holes & sure | most_certain_one(logits, holes)
+
+
+def entropy_bounded(logits, holes, budget):
+    """The most certain ones whose entropies but the largest sum to budget (arXiv 2505.24857)."""
+    entropy, order = uncertainty(logits).masked_fill(~holes, math.inf).sort(1)
+    within = entropy.cumsum(1) - entropy <= budget
+    return holes & torch.zeros_like(holes).scatter(1, order, within)
+
+
+def spacing_by_share(logits, holes, spacings):
+    """One spacing while more than half of the holes are left, then another."""
+    early = holes.sum(1, keepdim=True) > (holes.size(1) - given) / 2
+    first, last = (local_maximum(logits, holes, spacing) for spacing in spacings)
+    return torch.where(early, first, last)
+
+
+def certainty_floor(logits, holes, most):
+    """Spacing 4, but only where the entropy is below most."""
+    sure = uncertainty(logits) < most
+    return local_maximum(logits, holes, 4) & sure | most_certain_one(logits, holes)
+
+
+def last_ones_single(logits, holes, n):
+    """Spacing 4 until n holes are left, then one at a time."""
+    few = holes.sum(1, keepdim=True) <= n
+    return torch.where(few, most_certain_one(logits, holes), local_maximum(logits, holes, 4))
+
+
+rules = {
+    "local maximum": (local_maximum, (256, 32, 16, 8, 6, 5, 4, 3, 2)),
+    "local maximum of top probability": (local_maximum_by("top probability"), (8, 4)),
+    "local maximum of margin": (local_maximum_by("margin"), (8, 4)),
+    "greedy": (greedy, (16, 8, 6, 4)),
+    "segments": (segments, (32, 16, 8)),
+    "spacing by share": (spacing_by_share, ((8, 4), (4, 8), (4, 3))),
+    "certainty floor": (certainty_floor, (2, 1)),
+    "last ones single": (last_ones_single, (24,)),
+    "entropy-bounded": (entropy_bounded, (4, 2, 0.5)),
+    "top probability": (top_probability, (0.5, 0.9)),
+    "top two": (top_two, (0.95,)),
+    "left to right": (left_to_right, (1,)),
+}
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(model, windows, parameter, temp):
+    """windows (N, T), all but the given characters drawn anew; the sampler's own nats (N,)."""
+    ids, nats = windows.clone(), torch.zeros(len(windows))
+    ids[:, given:] = model.tokenizer.mask
+    while (holes := ids == model.tokenizer.mask).any():
+        logits = model(ids)
+        chosen = diffusion.most_certain(logits, holes, parameter)
+        drawn = diffusion.draw(logits, temp)
+        nats += (F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none") * chosen).sum(1)
+        ids = torch.where(chosen, drawn, ids)
+    return ids, nats / (windows.size(1) - given)
+
+
+@torch.no_grad()
+def gpt_nats(model, windows):
+    return torch.stack([gpt.loss_fn(model, window[None], given=given) for window in windows])
+
+
+def exact(model, windows, *args):
+    """diffusion.exact of windows (N, T), a few at a time."""
+    parts = [diffusion.exact(model, part, *args) for part in windows.split(16)]
+    return map(torch.cat, zip(*parts, strict=True))
+
+
+def words(text):
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def share(truths):
+    return sum(truths) / max(len(truths), 1)
+
+
+def mean_error(x):
+    """The mean of N numbers and its standard error."""
+    x = torch.as_tensor(x)
+    return f"{x.mean():.4f}", f"{x.std() / len(x) ** 0.5:.4f}"
+
+
+def row(*cells):
+    print(*cells, sep=",", flush=True)
+
+
+def measure_rules(model, text, vocabulary, n, sampled, *only):
+    """Known words: at temperature 0.8. Gap: by how much a GPT's nats of samples at temperature 1
+    exceed the sampler's own, an estimate of how far its texts are from the GPT's."""
+    windows = model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240)
+    windows = windows[torch.linspace(0, len(windows) - 1, int(n)).long()]
+    some = windows[torch.linspace(0, len(windows) - 1, int(sampled)).long()]
+    judge, single = gpt.load(gpt.weights_path), None
+    columns = "rule,parameter,windows,nats,nats error,more,more error,passes"
+    row(columns, "samples,known words,known error,gap,gap error")
+    for name, (rule, parameters) in rules.items():
+        for parameter in parameters:
+            if single is not None and only and name not in only:
+                continue
+            diffusion.most_certain = rule
+            nats, passes = exact(model, windows, parameter)
+            single = nats if single is None else single
+            torch.manual_seed(0)
+            texts = map(model.tokenizer.decode, sample(model, some, parameter, 0.8)[0][:, given:])
+            # the first and the last word of a window may be cut
+            known = [share([w in vocabulary for w in words(text)[1:-1]]) for text in texts]
+            ids, own = sample(model, some, parameter, 1)
+            cells = mean_error(nats) + mean_error(nats - single) + (f"{passes.mean():.1f}",)
+            cells += (sampled, *mean_error(known), *mean_error(gpt_nats(judge, ids) - own))
+            row(name, str(parameter).replace(", ", " to "), n, *cells)
+    nats = gpt_nats(judge, windows)
+    row("gpt", "", n, *mean_error(nats), *mean_error(nats - single), 240, "", "", "", "", "")
+
+
+def measure_contexts(model, text, _, n):
+    """The same characters, n stretches of 1,920, written in blocks behind 16 to 192 given ones."""
+    ids = model.tokenizer.encode(text)
+    starts = torch.linspace(192, len(ids) - 1920, int(n)).long().tolist()
+    row("context,spacing,stretches,nats,nats error,more than 16,error,passes per 240")
+    for spacing in (8, 4):
+        narrow = None
+        for context in (16, 64, 128, 192):
+            blocks = [ids[s - context : s + 1920].unfold(0, 256, 256 - context) for s in starts]
+            nats, passes = exact(model, torch.cat(blocks), spacing, context)
+            nats = nats.view(len(starts), -1).mean(1)
+            narrow = nats if narrow is None else narrow
+            cells = mean_error(nats) + mean_error(nats - narrow)
+            row(context, spacing, n, *cells, f"{passes.mean() * 240 / (256 - context):.1f}")
+
+
+def measure_temperatures(model, text, vocabulary, n):
+    """Known words, and 20-character runs found in the training text, in n samples of 2,000."""
+    train, _ = diffusion.read_splits(diffusion.data_path)
+    runs = {train[i : i + 20] for i in range(len(train) - 19)}
+    texts = {("the text itself", ""): [text[i : i + 2000] for i in range(0, 110000, 2000)]}
+    row("model,temperature,samples,known words,error,copied runs,error")
+    for script in (gpt, diffusion):
+        model = script.load(script.weights_path)
+        for temp in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            torch.manual_seed(0)
+            samples = [[*script.generate(model, temp=temp)][-1] for _ in range(int(n))]
+            texts[script.name, temp] = samples
+            for key in [*texts]:
+                group = texts.pop(key)
+                known = [share([word in vocabulary for word in words(t)]) for t in group]
+                copied = [share([t[i : i + 20] in runs for i in range(len(t) - 19)]) for t in group]
+                row(*key, len(group), *mean_error(known), *mean_error(copied))
+
+
+def plot():
+    """Draws frontier.csv, in colours that can be read on white and on black."""
+    import matplotlib.pyplot as plt
+
+    rows = list(csv.DictReader(here.with_suffix(".csv").open()))
+    for r in rows:
+        r.update(
+            {key: float(r[key]) for key in ("windows", "nats", "nats error", "more", "passes")}
+        )
+    most = max(r["windows"] for r in rows)
+    curve = [r for r in rows if r["rule"] == "local maximum" and r["windows"] == most]
+    (point,) = (r for r in rows if r["rule"] == "gpt" and r["windows"] == most)
+    grey, blue, orange = "#808080", "#2f81f7", "#e8710a"
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 10})
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    x, y, error = ([r[key] for r in curve] for key in ("passes", "nats", "nats error"))
+    axes.errorbar(x, y, error, color=blue, marker="o", capsize=2, label="diffusion, local maximum")
+    for r in curve:
+        at = r["passes"], r["nats"] + r["nats error"]
+        axes.annotate(
+            r["parameter"], at, (0, 3), textcoords="offset points", color=blue, ha="center"
+        )
+    labels = {
+        "greedy": "greedy picks, 16 to 4 apart",
+        "segments": "segments of 32 to 8, side by side",
+        "entropy-bounded": "entropy-bounded, 4 to 0.5 nats",
+        "top probability": "top probability over 0.5, 0.9",
+        "top two": "sum of the top two over 0.95",
+        "left to right": "left to right",
+    }
+    for (name, label), marker in zip(labels.items(), "^vDP*X", strict=True):
+        # on fewer windows: drawn by their difference to one per pass on the same windows
+        points = [(r["passes"], y[0] + r["more"]) for r in rows if r["rule"] == name]
+        axes.plot(*zip(*points, strict=True), marker, color=grey, markersize=6, label=label)
+    values = point["passes"], point["nats"], point["nats error"]
+    axes.errorbar(*values, color=orange, marker="s", capsize=2, label="GPT", linestyle="none")
+    axes.set_xscale("log")
+    axes.set_xticks([8, 15, 30, 60, 120, 240], ["8", "15", "30", "60", "120", "240"], minor=False)
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.set_xlabel("forward passes per 240 characters", color=grey)
+    axes.set_ylabel("exact nats per character", color=grey)
+    axes.tick_params(colors=grey)
+    axes.grid(color=grey, alpha=0.25)
+    axes.spines[:].set_color(grey)
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9, loc="lower left")
+    path = root / "frontier.svg"
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:]
+    if what == "plot":
+        plot()
+    else:
+        train, val = diffusion.read_splits(diffusion.data_path)
+        model = diffusion.load(diffusion.weights_path)
+        globals()[f"measure_{what}"](model, val, set(words(train)), *numbers)
