@@ -30,7 +30,7 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-context, spacing = 16, 8  # [3] characters before a window's holes; least distance in one pass
+context, spacing = 16, 6  # [3] characters before a window's holes; least distance in one pass
 dropout = 0.0  # [4] hiding is noise enough: no text is ever seen twice in the same way,
 max_iters = 10000  # [4] and so it goes on learning for longer
 learning_rate, warmup_iters, weight_decay, eval_interval = 0.01, 100, 0.1, 250
@@ -164,11 +164,11 @@ def draw(logits, temp):
 
 
 def most_certain(logits, holes, spacing):  # [3]
-    """Which holes (B, T), bool, to commit by logits (B, T, V): those with the lowest entropy of all
-    holes less than spacing characters away. Of equals, the one on the left is the more certain."""
-    log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    rank = entropy.masked_fill(~holes, math.inf).argsort(stable=True).argsort().float()
+    """Which holes (B, T), bool, to commit by logits (B, T, V): those whose most probable character
+    is more probable than that of any other hole less than spacing characters away. Of equals, the
+    one on the left is the more certain."""
+    doubt = -logits.log_softmax(-1).amax(-1).masked_fill(~holes, -math.inf)
+    rank = doubt.argsort(stable=True).argsort().float()
     return holes & (rank == -F.max_pool1d(-rank, 2 * spacing - 1, 1, spacing - 1))
 
 

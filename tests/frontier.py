@@ -51,15 +51,19 @@ def local_maximum_by(kind):
     return rule
 
 
-def greedy(logits, holes, spacing):
+def greedy_by(kind):
     """The most certain, then the most certain of those at least spacing away, and so on."""
-    score, free = uncertainty(logits), holes.clone()
-    chosen, place = torch.zeros_like(holes), torch.arange(holes.size(1))
-    while free.any():
-        best = score.masked_fill(~free, math.inf).argmin(1, keepdim=True)
-        chosen |= (place == best) & free
-        free &= (place - best).abs() >= spacing
-    return chosen
+
+    def rule(logits, holes, spacing):
+        score, free = uncertainty(logits, kind), holes.clone()
+        chosen, place = torch.zeros_like(holes), torch.arange(holes.size(1))
+        while free.any():
+            best = score.masked_fill(~free, math.inf).argmin(1, keepdim=True)
+            chosen |= (place == best) & free
+            free &= (place - best).abs() >= spacing
+        return chosen
+
+    return rule
 
 
 def segments(logits, holes, width):
@@ -110,13 +114,14 @@ def last_ones_single(logits, holes, n):
 
 
 rules = {
-    "local maximum": (local_maximum, (256, 32, 16, 8, 6, 5, 4, 3, 2)),
-    "local maximum of top probability": (local_maximum_by("top probability"), (8, 4)),
-    "local maximum of margin": (local_maximum_by("margin"), (8, 4)),
-    "greedy": (greedy, (16, 8, 6, 4)),
+    "local maximum": (local_maximum, (256, 8, 6, 4, 3, 2)),
+    "local maximum of margin": (local_maximum_by("margin"), (16, 12, 8, 6, 5, 4)),
+    "local maximum of entropy": (local_maximum_by("entropy"), (256, 32, 16, 8, 4, 3, 2)),
+    "greedy": (greedy_by("entropy"), (16, 8, 4)),
+    "greedy by margin": (greedy_by("margin"), (16, 12, 8)),
     "segments": (segments, (32, 16, 8)),
     "spacing by share": (spacing_by_share, ((8, 4), (4, 8), (4, 3))),
-    "certainty floor": (certainty_floor, (2, 1)),
+    "certainty floor": (certainty_floor, (2,)),
     "last ones single": (last_ones_single, (24,)),
     "entropy-bounded": (entropy_bounded, (4, 2, 0.5)),
     "top probability": (top_probability, (0.5, 0.9)),

@@ -51,5 +51,5 @@ def test_rules_by_hand(state):
         others = entropy[row][holes[row] & ~torch.isin(torch.arange(256), picks)]
         assert len(picks) > 1 and taken.max() <= others.min()
         assert taken.sum() - taken.max() <= 2 < taken.sum()
-    same = frontier.local_maximum_by("entropy")(logits, holes, 8)
+    same = frontier.local_maximum_by("top probability")(logits, holes, 8)
     assert torch.equal(same, frontier.local_maximum(logits, holes, 8))
