@@ -129,8 +129,10 @@ def test_scoring_is_repeatable_and_leaves_no_trace(script, monkeypatch):
         assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_training_learns_what_there_is_to_learn(script, toy, capsys):
+def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch):
     data, weights = toy
+    monkeypatch.setattr(script, "max_iters", 150 if script is gpt else 300)
+    monkeypatch.setattr(script, "eval_interval", script.max_iters // 3)
     script.main(["--train", "--data", str(data), "--weights", str(weights), "--seed", "1"])
     model = script.load(weights)
     score = script.evaluate(model, doubled_letters(200, seed=1))
@@ -139,7 +141,7 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys):
     *_, text = script.generate(model, "aa bb ", 300)
     words = [word for word in text.split(" ")[:-1] if word]
     right = sum(len(word) == 2 and word[0] == word[1] for word in words) / len(words)
-    assert right > (0.9 if script is gpt else 0.35)  # an untrained one gets 0.1 of them right
+    assert right > 0.9
     assert len({word[0] for word in words}) == 4
     output = capsys.readouterr()
     assert output.out.count("nats per character") == 3 and "aa " in output.out
