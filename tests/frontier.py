@@ -3,7 +3,8 @@
     python tests/frontier.py rules 464 2 "local maximum"    # the rule of diffusion.py, all windows
     python tests/frontier.py rules 32 48      # every rule, by 32 windows and 48 samples
     python tests/frontier.py contexts 6       # how a window is shared by given and new characters
-    python tests/frontier.py temperatures 6   # known words and copied runs of samples
+    python tests/frontier.py temperatures 4   # known words and copied runs of samples
+    python tests/frontier.py hiding 200 64    # training goes on for 200 iterations; 64 windows
     uv run --with matplotlib tests/frontier.py plot    # frontier.csv -> frontier.svg
 
 Each but the last prints CSV, after minutes or hours on a CPU; frontier.csv is made of it. A rule
@@ -11,10 +12,13 @@ takes the place of diffusion.most_certain, so that the walk of `diffusion.py --e
 exact nats per character, and passes, of windows of 256 characters, 16 given and 240 scored.
 """
 
+import contextlib
+import copy
 import csv
 import math
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,9 +37,9 @@ local_maximum = diffusion.most_certain
 # ---- rules: logits (B, T, V), holes (B, T) bool, a parameter -> the holes (B, T) to commit ------
 def uncertainty(logits, kind="entropy"):
     p = logits.softmax(-1)
-    first, second = p.topk(2, -1).values.unbind(-1)
     if kind == "entropy":
         return -(p * logits.log_softmax(-1)).sum(-1)
+    first, second = p.topk(2, -1).values.unbind(-1)
     return -first if kind == "top probability" else second - first
 
 
@@ -165,6 +169,12 @@ def share(truths):
     return sum(truths) / max(len(truths), 1)
 
 
+def known_words(model, windows, train):
+    """The share of words of each window, but for its first and last, which may be cut, in train."""
+    vocabulary, texts = set(words(train)), map(model.tokenizer.decode, windows[:, given:])
+    return [share([word in vocabulary for word in words(text)[1:-1]]) for text in texts]
+
+
 def mean_error(x):
     """The mean of N numbers and its standard error."""
     x = torch.as_tensor(x)
@@ -175,7 +185,7 @@ def row(*cells):
     print(*cells, sep=",", flush=True)
 
 
-def measure_rules(model, text, vocabulary, n, sampled, *only):
+def measure_rules(model, train, text, n, sampled, *only):
     """Known words: at temperature 0.8. Gap: by how much a GPT's nats of samples at temperature 1
     exceed the sampler's own, an estimate of how far its texts are from the GPT's."""
     windows = model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240)
@@ -192,9 +202,7 @@ def measure_rules(model, text, vocabulary, n, sampled, *only):
             nats, passes = exact(model, windows, parameter)
             single = nats if single is None else single
             torch.manual_seed(0)
-            texts = map(model.tokenizer.decode, sample(model, some, parameter, 0.8)[0][:, given:])
-            # the first and the last word of a window may be cut
-            known = [share([w in vocabulary for w in words(text)[1:-1]]) for text in texts]
+            known = known_words(model, sample(model, some, parameter, 0.8)[0], train)
             ids, own = sample(model, some, parameter, 1)
             cells = mean_error(nats) + mean_error(nats - single) + (f"{passes.mean():.1f}",)
             cells += (sampled, *mean_error(known), *mean_error(gpt_nats(judge, ids) - own))
@@ -203,7 +211,7 @@ def measure_rules(model, text, vocabulary, n, sampled, *only):
     row("gpt", "", n, *mean_error(nats), *mean_error(nats - single), 240, "", "", "", "", "")
 
 
-def measure_contexts(model, text, _, n):
+def measure_contexts(model, _, text, n):
     """The same characters, n stretches of 1,920, written in blocks behind 16 to 192 given ones."""
     ids = model.tokenizer.encode(text)
     starts = torch.linspace(192, len(ids) - 1920, int(n)).long().tolist()
@@ -219,23 +227,77 @@ def measure_contexts(model, text, _, n):
             row(context, spacing, n, *cells, f"{passes.mean() * 240 / (256 - context):.1f}")
 
 
-def measure_temperatures(model, text, vocabulary, n):
+def half(hide, uniform=diffusion.hide):
+    """Half of the sequences as in training, half by hide."""
+
+    def both(ids, mask, *_):
+        first, last = ids.chunk(2)
+        return torch.cat((uniform(first, mask, len(first)), hide(last, mask)))
+
+    return both
+
+
+def suffix(ids, mask, *_):
+    """Hides all from a place drawn at random: what writing from left to right meets."""
+    place = torch.randint(given, ids.size(1), (len(ids), 1))
+    return torch.where(torch.arange(ids.size(1)) < place, ids, mask)
+
+
+def spaced(ids, mask, *_):
+    """A state between passes drawn at random, were certainty drawn at random too."""
+    holes = (torch.arange(ids.size(1)) >= given).expand_as(ids)
+    states = []  # each (B, T)
+    while holes.any():
+        states.append(holes)
+        holes = holes & ~local_maximum(torch.randn(*ids.shape, 2), holes, diffusion.spacing)
+    states = torch.stack(states, 1)
+    pick = (torch.rand(len(ids)) * states.any(2).sum(1)).long()
+    return torch.where(states[torch.arange(len(ids)), pick], mask, ids)
+
+
+def measure_hiding(model, train, text, iterations, n):
+    """The weights, trained on for a while with each way to hide; then as in measure_rules."""
+    start = diffusion.Model(model.tokenizer, model.prompt)
+    start.load_state_dict(model.state_dict())
+    windows = model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240)
+    windows = windows[torch.linspace(0, len(windows) - 1, int(n)).long()]
+    diffusion.Model = lambda *_: copy.deepcopy(start)
+    diffusion.batch_size, diffusion.max_iters, diffusion.eval_interval = 32, int(iterations), 10**6
+    diffusion.learning_rate, diffusion.warmup_iters = 0.002, 20
+    uniform, path, reference = diffusion.hide, Path(tempfile.mkdtemp()) / "weights.pt", None
+    ways = {"uniform": uniform, "half suffix": half(suffix), "half spaced": half(spaced)}
+    row("hiding,iterations,bound,windows,nats,error,more,error,passes,known words,error")
+    for name, diffusion.hide in (ways | {"spaced": spaced}).items():
+        torch.manual_seed(0)
+        with contextlib.redirect_stdout(sys.stderr):
+            diffusion.train(diffusion.data_path, path)
+        diffusion.hide, trained = uniform, diffusion.load(path)
+        nats, passes = exact(trained, windows, diffusion.spacing)
+        reference = nats if reference is None else reference
+        torch.manual_seed(0)
+        ids, _ = sample(trained, windows, diffusion.spacing, 0.8)
+        cells = mean_error(nats) + mean_error(nats - reference) + (f"{passes.mean():.1f}",)
+        bound = f"{diffusion.evaluate(trained, text, draws=2):.4f}"
+        row(name, iterations, bound, n, *cells, *mean_error(known_words(trained, ids, train)))
+
+
+def measure_temperatures(_, train, text, n):
     """Known words, and 20-character runs found in the training text, in n samples of 2,000."""
-    train, _ = diffusion.read_splits(diffusion.data_path)
-    runs = {train[i : i + 20] for i in range(len(train) - 19)}
-    texts = {("the text itself", ""): [text[i : i + 2000] for i in range(0, 110000, 2000)]}
+    vocabulary, runs = set(words(train)), {train[i : i + 20] for i in range(len(train) - 19)}
     row("model,temperature,samples,known words,error,copied runs,error")
+
+    def measure(name, temp, texts):
+        known = [share([word in vocabulary for word in words(t)]) for t in texts]
+        copied = [share([t[i : i + 20] in runs for i in range(len(t) - 19)]) for t in texts]
+        row(name, temp, len(texts), *mean_error(known), *mean_error(copied))
+
+    measure("the text itself", "", [text[i : i + 2000] for i in range(0, 110000, 2000)])
     for script in (gpt, diffusion):
         model = script.load(script.weights_path)
         for temp in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
             torch.manual_seed(0)
             samples = [[*script.generate(model, temp=temp)][-1] for _ in range(int(n))]
-            texts[script.name, temp] = samples
-            for key in [*texts]:
-                group = texts.pop(key)
-                known = [share([word in vocabulary for word in words(t)]) for t in group]
-                copied = [share([t[i : i + 20] in runs for i in range(len(t) - 19)]) for t in group]
-                row(*key, len(group), *mean_error(known), *mean_error(copied))
+            measure(script.name, temp, samples)
 
 
 def plot():
@@ -293,6 +355,5 @@ if __name__ == "__main__":
     if what == "plot":
         plot()
     else:
-        train, val = diffusion.read_splits(diffusion.data_path)
         model = diffusion.load(diffusion.weights_path)
-        globals()[f"measure_{what}"](model, val, set(words(train)), *numbers)
+        globals()[f"measure_{what}"](model, *diffusion.read_splits(diffusion.data_path), *numbers)

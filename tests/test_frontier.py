@@ -53,3 +53,19 @@ def test_rules_by_hand(state):
         assert taken.sum() - taken.max() <= 2 < taken.sum()
     same = frontier.local_maximum_by("top probability")(logits, holes, 8)
     assert torch.equal(same, frontier.local_maximum(logits, holes, 8))
+
+
+def test_ways_to_hide():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (64, 256))
+    for hide in (frontier.suffix, frontier.spaced):
+        inputs = hide(ids, 99)
+        hidden = inputs == 99
+        assert torch.equal(inputs[~hidden], ids[~hidden])
+        assert hidden.any(1).all() and not hidden[:, : frontier.given].any()
+        assert hidden.sum(1).unique().numel() > 10
+        open_again = (~hidden[:, 1:] & hidden[:, :-1]).any(1)
+        assert open_again.any() == (hide is frontier.spaced)
+    first, last = (frontier.half(frontier.suffix)(ids, 99) == 99).chunk(2)
+    assert (~first[:, 1:] & first[:, :-1]).any(1).float().mean() > 0.9
+    assert not (~last[:, 1:] & last[:, :-1]).any()
