@@ -25,7 +25,7 @@ batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
 dropout = 0.2
-max_iters = 5000
+max_iters = 600
 learning_rate, warmup_iters, weight_decay, eval_interval = 0.01, 100, 0.1, 250
 
 name = Path(__file__).stem

@@ -1,10 +1,10 @@
 """How many characters a pass may write: the measurements behind README.md and its plot.
 
     python tests/frontier.py rules 464 2 "local maximum"    # the rule of diffusion.py, all windows
-    python tests/frontier.py rules 32 48      # every rule, by 32 windows and 48 samples
-    python tests/frontier.py contexts 6       # how a window is shared by given and new characters
+    python tests/frontier.py rules 32 32      # every rule, by 32 windows and 32 samples
+    python tests/frontier.py contexts 12      # how a window is shared by given and new characters
     python tests/frontier.py temperatures 4   # known words and copied runs of samples
-    python tests/frontier.py hiding 200 64    # training goes on for 200 iterations; 64 windows
+    python tests/frontier.py hiding 150 64    # training goes on for 150 iterations; 64 windows
     uv run --with matplotlib tests/frontier.py plot    # frontier.csv -> frontier.svg
 
 Each but the last prints CSV, after minutes or hours on a CPU; frontier.csv is made of it. A rule
@@ -216,7 +216,7 @@ def measure_contexts(model, _, text, n):
     ids = model.tokenizer.encode(text)
     starts = torch.linspace(192, len(ids) - 1920, int(n)).long().tolist()
     row("context,spacing,stretches,nats,nats error,more than 16,error,passes per 240")
-    for spacing in (8, 4):
+    for spacing in (6, 4):
         narrow = None
         for context in (16, 64, 128, 192):
             blocks = [ids[s - context : s + 1920].unfold(0, 256, 256 - context) for s in starts]
@@ -282,14 +282,16 @@ def measure_hiding(model, train, text, iterations, n):
 
 
 def measure_temperatures(_, train, text, n):
-    """Known words, and 20-character runs found in the training text, in n samples of 2,000."""
+    """Known words, distinct words, and 20-character runs found in the training text: the shares in
+    n samples of 2,000 characters."""
     vocabulary, runs = set(words(train)), {train[i : i + 20] for i in range(len(train) - 19)}
-    row("model,temperature,samples,known words,error,copied runs,error")
+    row("model,temperature,samples,known words,error,distinct words,error,copied runs,error")
 
     def measure(name, temp, texts):
         known = [share([word in vocabulary for word in words(t)]) for t in texts]
         copied = [share([t[i : i + 20] in runs for i in range(len(t) - 19)]) for t in texts]
-        row(name, temp, len(texts), *mean_error(known), *mean_error(copied))
+        distinct = [len(set(words(t))) / len(words(t)) for t in texts]
+        row(name, temp, len(texts), *map(",".join, map(mean_error, (known, distinct, copied))))
 
     measure("the text itself", "", [text[i : i + 2000] for i in range(0, 110000, 2000)])
     for script in (gpt, diffusion):
