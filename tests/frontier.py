@@ -1,15 +1,16 @@
 """How many characters a pass may write: the measurements behind README.md and its plot.
 
-    python tests/frontier.py rules 464 2 "local maximum"    # the rule of diffusion.py, all windows
+    python tests/frontier.py rules 464 32 "local maximum"   # the rule of diffusion.py, all windows
     python tests/frontier.py rules 32 32      # every rule, by 32 windows and 32 samples
     python tests/frontier.py contexts 12      # how a window is shared by given and new characters
     python tests/frontier.py temperatures 4   # known words and copied runs of samples
     python tests/frontier.py hiding 150 64    # training goes on for 150 iterations; 64 windows
     uv run --with matplotlib tests/frontier.py plot    # frontier.csv -> frontier.svg
 
-Each but the last prints CSV, after minutes or hours on a CPU; frontier.csv is made of it. A rule
-takes the place of diffusion.most_certain, so that the walk of `diffusion.py --eval` measures it:
-exact nats per character, and passes, of windows of 256 characters, 16 given and 240 scored.
+Each but the last prints CSV, after minutes or hours on a CPU; frontier.csv is made of it, its rows
+of 32 windows with the weights of commit 01d98fe. A rule takes the place of diffusion.most_certain,
+so that the walk of `diffusion.py --eval` measures it: exact nats per character, and passes, of
+windows of 256 characters, 16 given and 240 scored.
 """
 
 import contextlib
@@ -316,30 +317,31 @@ def plot():
     (point,) = (r for r in rows if r["rule"] == "gpt" and r["windows"] == most)
     grey, blue, orange = "#808080", "#2f81f7", "#e8710a"
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 10})
-    figure, axes = plt.subplots(figsize=(8, 4.6))
+    figure, axes = plt.subplots(figsize=(8, 5.2))
     x, y, error = ([r[key] for r in curve] for key in ("passes", "nats", "nats error"))
     axes.errorbar(x, y, error, color=blue, marker="o", capsize=2, label="diffusion, local maximum")
     for r in curve:
-        at = r["passes"], r["nats"] + r["nats error"]
+        at = r["passes"], r["nats"] - r["nats error"]
         axes.annotate(
-            r["parameter"], at, (0, 3), textcoords="offset points", color=blue, ha="center"
+            r["parameter"], at, (0, -11), textcoords="offset points", color=blue, ha="center"
         )
     labels = {
-        "greedy": "greedy picks, 12 and 8 apart",
-        "segments": "segments of 32 to 8, side by side",
-        "entropy-bounded": "entropy-bounded, 4 to 0.5 nats",
-        "top probability": "top probability over 0.5, 0.9",
-        "top two": "sum of the top two over 0.95",
-        "left to right": "left to right",
+        "local maximum": "earlier weights, local maximum",
+        "greedy": "… greedy picks, 12 and 8 apart",
+        "segments": "… segments of 32 to 8, side by side",
+        "entropy-bounded": "… entropy-bounded, 4 to 0.5 nats",
+        "top probability": "… top probability over 0.5, 0.9",
+        "top two": "… sum of the top two over 0.95",
+        "left to right": "… left to right",
     }
-    for (name, label), marker in zip(labels.items(), "^vDP*X", strict=True):
-        # on fewer windows: drawn by their difference to one per pass on the same windows
-        points = [(r["passes"], y[0] + r["more"]) for r in rows if r["rule"] == name]
-        axes.plot(*zip(*points, strict=True), marker, color=grey, markersize=6, label=label)
+    fewer = [r for r in rows if r["windows"] < most]
+    for (name, label), style in zip(labels.items(), ("o-", *"^vDP*X"), strict=True):
+        points = [(r["passes"], r["nats"]) for r in fewer if r["rule"] == name]
+        axes.plot(*zip(*points, strict=True), style, color=grey, markersize=5, lw=1, label=label)
     values = point["passes"], point["nats"], point["nats error"]
     axes.errorbar(*values, color=orange, marker="s", capsize=2, label="GPT", linestyle="none")
     axes.set_xscale("log")
-    axes.set_ylim(bottom=1.42)  # room for the legend
+    axes.set_ylim(bottom=1.2)  # room for the legend
     axes.set_xticks([5, 8, 15, 30, 60, 120, 240], ["5", "8", "15", "30", "60", "120", "240"])
     axes.xaxis.set_minor_locator(plt.NullLocator())
     axes.set_xlabel("forward passes per 240 characters", color=grey)
