@@ -3,7 +3,7 @@
     python tests/frontier.py rules 464 32 "local maximum"   # the rule of diffusion.py, all windows
     python tests/frontier.py rules 32 32      # every rule, by 32 windows and 32 samples
     python tests/frontier.py contexts 12      # how a window is shared by given and new characters
-    python tests/frontier.py temperatures 4   # known words and copied runs of samples
+    python tests/frontier.py temperatures 4   # words and copied runs of samples
     python tests/frontier.py hiding 150 64    # training goes on for 150 iterations; 64 windows
     uv run --with matplotlib tests/frontier.py plot    # frontier.csv -> frontier.svg
 
@@ -289,10 +289,11 @@ def measure_temperatures(_, train, text, n):
     row("model,temperature,samples,known words,error,distinct words,error,copied runs,error")
 
     def measure(name, temp, texts):
-        known = [share([word in vocabulary for word in words(t)]) for t in texts]
+        written = [words(t) for t in texts]
+        known = mean_error([share([word in vocabulary for word in w]) for w in written])
+        distinct = mean_error([len(set(w)) / len(w) for w in written])
         copied = [share([t[i : i + 20] in runs for i in range(len(t) - 19)]) for t in texts]
-        distinct = [len(set(words(t))) / len(words(t)) for t in texts]
-        row(name, temp, len(texts), *map(",".join, map(mean_error, (known, distinct, copied))))
+        row(name, temp, len(texts), *known, *distinct, *mean_error(copied))
 
     measure("the text itself", "", [text[i : i + 2000] for i in range(0, 110000, 2000)])
     for script in (gpt, diffusion):
@@ -309,9 +310,7 @@ def plot():
 
     rows = list(csv.DictReader(here.with_suffix(".csv").open()))
     for r in rows:
-        r.update(
-            {key: float(r[key]) for key in ("windows", "nats", "nats error", "more", "passes")}
-        )
+        r.update({key: float(r[key]) for key in ("windows", "nats", "nats error", "passes")})
     most = max(r["windows"] for r in rows)
     curve = [r for r in rows if r["rule"] == "local maximum" and r["windows"] == most]
     (point,) = (r for r in rows if r["rule"] == "gpt" and r["windows"] == most)
