@@ -188,7 +188,7 @@ def server(script, here, monkeypatch):
     script.data_path.unlink()
     monkeypatch.setattr(script, "data_sha256", hashlib.sha256(Server.CONTENT).hexdigest())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{running.server_port}"
         yield lambda page: monkeypatch.setattr(script, "data_url", address + page)
         running.shutdown()
