@@ -1,0 +1,382 @@
+"""What the samplers write, and at what price: the measurements behind README.md here and its plot.
+
+    python measurements/frontier.py rules 464 32 "most certain"  # diffusion.py's rule, all windows
+    python measurements/frontier.py rules 32 32                  # every rule
+    python measurements/frontier.py looks 96                     # second looks and temperatures
+    python measurements/frontier.py contexts 12                  # how much of the text is in view
+    python measurements/frontier.py samples 24                   # both scripts as they are
+    uv run --with matplotlib measurements/frontier.py plot       # frontier.csv -> frontier.svg
+
+Each but the last prints CSV, after minutes to an hour on a CPU; frontier.csv is made of it. A rule
+takes the place of diffusion.most_certain. Windows are 256 characters, 16 given and 240 written.
+"""
+
+import csv
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+here = Path(__file__).resolve()
+sys.path.insert(0, str(here.parent.parent))
+import diffusion  # noqa: E402
+import gpt  # noqa: E402
+
+given = 16
+most_certain = diffusion.most_certain
+
+
+# ---- rules: logits (B, T, V), holes (B, T) bool, a parameter -> the holes (B, T) to fill ---------
+def certainty(logits, kind):
+    """(B, T): the higher, the more certain."""
+    if kind == "entropy":
+        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    first, second = logits.softmax(-1).topk(2, -1).values.unbind(-1)
+    return first - second if kind == "margin" else first
+
+
+def suppress(kind, rounds=math.inf):
+    """Non-maximum suppression of a kind of certainty; one round of it takes local maxima only."""
+
+    def rule(logits, holes, spacing):
+        score, free = certainty(logits, kind), holes
+        place, reach, done = torch.arange(holes.size(1)), min(spacing, holes.size(1)) - 1, 0
+        chosen = torch.zeros_like(holes)
+        while free.any() and done < rounds:
+            rivals = score.masked_fill(~free, -math.inf)
+            _, best = F.max_pool1d(rivals, 2 * reach + 1, 1, reach, return_indices=True)
+            chosen = chosen | (free & (best == place))
+            free = free & (F.max_pool1d(chosen.float(), 2 * reach + 1, 1, reach) == 0)
+            done += 1
+        return chosen
+
+    return rule
+
+
+def segments(logits, holes, width):
+    """The leftmost hole of each segment of width characters."""
+    start = (torch.arange(holes.size(1)) - given).clamp(min=0) // width * width + given
+    before = F.pad(holes.cumsum(1), (1, 0))[:, start]  # holes on the left of the segment
+    return holes & (holes.cumsum(1) == before + 1)
+
+
+def left_to_right(logits, holes, _):
+    return holes & (holes.cumsum(1) == 1)
+
+
+def top_probability(logits, holes, least):
+    sure = certainty(logits, "top probability") > least
+    return holes & sure | most_certain(logits, holes, holes.size(1))
+
+
+def top_two(logits, holes, least):
+    sure = logits.softmax(-1).topk(2, -1).values.sum(-1) >= least
+    return holes & sure | most_certain(logits, holes, holes.size(1))
+
+
+def entropy_bounded(logits, holes, budget):
+    """The most certain ones whose entropies but the largest sum to budget (arXiv 2505.24857)."""
+    entropy, order = (-certainty(logits, "entropy")).masked_fill(~holes, math.inf).sort(1)
+    within = entropy.cumsum(1) - entropy <= budget
+    return holes & torch.zeros_like(holes).scatter(1, order, within)
+
+
+rules = {
+    "most certain": (most_certain, (256, 12, 10, 8, 7, 6, 5)),
+    "most certain by margin": (suppress("margin"), (12, 10, 8, 7, 6, 5)),
+    "most certain by entropy": (suppress("entropy"), (8, 6)),
+    "local maximum": (suppress("top probability", 1), (8, 6, 4)),
+    "segments": (segments, (32, 16, 8)),
+    "entropy-bounded": (entropy_bounded, (2, 0.5)),
+    "top probability": (top_probability, (0.5, 0.9)),
+    "top two": (top_two, (0.95,)),
+    "left to right": (left_to_right, (1,)),
+}
+
+
+# ---- texts and their figures -------------------------------------------------------------------
+@torch.no_grad()
+def exact(model, windows, parameter, given=given):
+    """Nats per character (N,), exact, of drafting windows (N, T) behind the given ones, and passes
+    (N,): which holes a pass fills depends on the text so far alone (DUEL, arXiv 2603.01367)."""
+    ids, mask = windows.clone(), model.tokenizer.mask
+    ids[:, given:] = mask
+    nats, passes = torch.zeros(2, len(ids))
+    while (holes := ids == mask).any():
+        logits = model(ids)
+        chosen = diffusion.most_certain(logits, holes, parameter)
+        nats += (F.cross_entropy(logits.transpose(1, 2), windows, reduction="none") * chosen).sum(1)
+        passes += holes.any(1)
+        ids = torch.where(chosen, windows, ids)
+    return nats / (windows.size(1) - given), passes
+
+
+@torch.no_grad()
+def sample(model, windows, parameter, temp, looks=0, stride=8, look_temp=None, keep=None):
+    """windows (N, T), all but the given characters written anew: ids (N, T) and passes.
+
+    looks is the number of second looks, at look_temp; keep takes logits to those to draw from.
+    """
+    ids, mask, passes = windows.clone(), model.tokenizer.mask, 0
+    keep, look_temp = keep or (lambda logits: logits), temp if look_temp is None else look_temp
+    ids[:, given:] = mask
+    while (holes := ids == mask).any():
+        logits = model(ids)
+        chosen = diffusion.most_certain(logits, holes, parameter)
+        ids = torch.where(chosen, diffusion.draw(keep(logits), temp), ids)
+        passes += 1
+    for comb in list(range(stride)) * looks:
+        hidden = torch.zeros_like(holes)
+        hidden[:, given + comb :: stride] = True
+        drawn = diffusion.draw(keep(model(ids.masked_fill(hidden, mask))), look_temp)
+        ids = torch.where(hidden, drawn, ids)
+        passes += 1
+    return ids, passes
+
+
+def top(n):
+    """Keeps the n most likely characters."""
+
+    def keep(logits):
+        return logits.masked_fill(logits < logits.topk(n, -1).values[..., -1:], -math.inf)
+
+    return keep
+
+
+def floor(share):
+    """Keeps the characters of at least a share of the top probability."""
+    limit = math.log(share)
+    return lambda logits: logits.masked_fill(logits < logits.amax(-1, True) + limit, -math.inf)
+
+
+class KneserNey:
+    """An interpolated modified Kneser-Ney model of characters (Chen and Goodman, 1999)."""
+
+    def __init__(self, texts, order=5, characters=65):
+        self.order, self.characters, self.levels = order, characters, []
+        counts = Counter(t[i : i + order] for t in texts for i in range(len(t) - order + 1))
+        for _ in range(order):
+            n = Counter(counts.values())
+            y = n[1] / max(n[1] + 2 * n[2], 1)
+            discounts = [0.0]
+            for k in (1, 2, 3):  # in bounds, as a small text can have none of a kind
+                discount = k - (k + 1) * y * n[k + 1] / max(n[k], 1)
+                discounts.append(min(max(discount, 0.1 * k), 0.9 * k))
+            total, left = Counter(), Counter()  # of each context: its count, what it lost
+            for gram, count in counts.items():
+                total[gram[:-1]] += count
+                left[gram[:-1]] += discounts[min(count, 3)]
+            self.levels.insert(0, (counts, discounts, total, left))
+            counts = Counter(gram[1:] for gram in counts)  # how many contexts it was seen behind
+
+    def probability(self, context, char):
+        p = 1 / self.characters
+        for n, (counts, discounts, total, left) in enumerate(self.levels):
+            seen = context[len(context) - n :]
+            if not total[seen]:
+                break
+            count = counts[seen + char]
+            p = (count - discounts[min(count, 3)] + left[seen] * p) / total[seen]
+        return p
+
+    def nats(self, text):
+        """Per character of text, but for the first ones, which have no full context."""
+        first, places = self.order - 1, range(self.order - 1, len(text))
+        p = (self.probability(text[i - first : i], text[i]) for i in places)
+        return -sum(map(math.log, p)) / len(places)
+
+
+def words(text):
+    """Its words, but for the first and the last, which may be cut."""
+    return re.findall(r"[a-z']+", text.lower())[1:-1]
+
+
+def share(truths):
+    return sum(truths) / max(len(truths), 1)
+
+
+def mean_error(x):
+    """The mean of N numbers and its standard error."""
+    x = torch.as_tensor(x, dtype=torch.float)
+    return f"{x.mean():.4f}", f"{x.std() / len(x) ** 0.5:.4f}" if len(x) > 1 else ""
+
+
+def judge(texts, train, text):
+    """Known words and error, distinct words, copied runs of 20 characters, and reverse: the nats a
+    character of text by a 5-gram of texts. What is not English costs there, and what is never said.
+    """
+    vocabulary, runs = set(words(train)), {train[i : i + 20] for i in range(len(train) - 19)}
+    known = mean_error([share([word in vocabulary for word in words(t)]) for t in texts])
+    said = [word for t in texts for word in words(t)]
+    copied = share([t[i : i + 20] in runs for t in texts for i in range(len(t) - 19)])
+    figures = len(set(said)) / len(said), copied, KneserNey(texts).nats(text)
+    return *known, *(f"{figure:.4f}" for figure in figures)
+
+
+# ---- measurements ------------------------------------------------------------------------------
+def row(*cells):
+    print(*cells, sep=",", flush=True)
+
+
+def spread(windows, n):
+    """n of the windows (N, T), evenly spaced."""
+    return windows[torch.linspace(0, len(windows) - 1, int(n)).long()]
+
+
+@torch.no_grad()
+def gpt_nats(model, windows):
+    """Nats per character (N,) of all but the given characters of windows (N, T)."""
+    logits = torch.cat([model(part[:, :-1]) for part in windows.split(16)]).transpose(1, 2)
+    return F.cross_entropy(logits, windows[:, 1:], reduction="none")[:, given - 1 :].mean(1)
+
+
+def measure_rules(model, train, text, n, sampled, *only):
+    """Exact nats of drafts, and known words in drafts at temperature 0.8."""
+    windows = spread(model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240), n)
+    some, vocabulary, single = spread(windows, sampled), set(words(train)), None
+    row("rule,parameter,windows,nats,error,more,error,passes,samples,known words,error")
+    for name, (rule, parameters) in rules.items():
+        for parameter in parameters:
+            if single is not None and only and name not in only:
+                continue
+            diffusion.most_certain = rule
+            parts = [exact(model, part, parameter) for part in windows.split(58)]
+            nats, passes = map(torch.cat, zip(*parts, strict=True))
+            single = nats if single is None else single
+            torch.manual_seed(0)
+            texts = map(model.tokenizer.decode, sample(model, some, parameter, 0.8)[0][:, given:])
+            known = [share([word in vocabulary for word in words(t)]) for t in texts]
+            cells = mean_error(nats) + mean_error(nats - single) + (f"{passes.mean():.1f}",)
+            row(name, parameter, n, *cells, sampled, *mean_error(known))
+    nats = gpt_nats(gpt.load(gpt.weights_path), windows)
+    row("gpt", "", n, *mean_error(nats), *mean_error(nats - single), 240, "", "", "")
+
+
+looks = {  # the arguments of sample
+    "draft alone": {},
+    "draft alone at 0.7": {"temp": 0.7},
+    "draft alone at 0.6": {"temp": 0.6},
+    "second look": {"looks": 1},
+    "two second looks": {"looks": 2},
+    "second look, stride 4": {"looks": 1, "stride": 4},
+    "second look, stride 6": {"looks": 1, "stride": 6},
+    "second look, stride 12": {"looks": 1, "stride": 12},
+    "draft at 1, second look at 0.8": {"temp": 1, "look_temp": 0.8, "looks": 1},
+    "draft at 1, second look at 0.7": {"temp": 1, "look_temp": 0.7, "looks": 1},
+    "draft at 0.8, second look at 0.6": {"look_temp": 0.6, "looks": 1},
+    "draft at 1, second look at 1": {"temp": 1, "looks": 1},
+    "top 2": {"temp": 1, "keep": top(2), "looks": 1},
+    "top 3": {"temp": 1, "keep": top(3), "looks": 1},
+    "top 5": {"temp": 1, "keep": top(5), "looks": 1},
+    "a tenth of the top": {"temp": 1, "keep": floor(0.1), "looks": 1},
+    "a twentieth of the top": {"temp": 1, "keep": floor(0.05), "looks": 1},
+}
+
+
+def measure_looks(model, train, text, n):
+    """Both sides of n windows behind given characters of the training text."""
+    windows = spread(model.tokenizer.encode(train).unfold(0, diffusion.block_size, 240), n)
+    row("how,spacing,windows,passes,known words,error,distinct words,copied runs,reverse")
+    decode = model.tokenizer.decode
+    texts = [decode(ids[given:]) for ids in windows]
+    row("training text", "", n, "", *judge(texts, train, text))
+    for name, how in looks.items():
+        for spacing in (8, 6, 5):
+            torch.manual_seed(0)
+            ids, passes = sample(model, windows, spacing, **{"temp": 0.8} | how)
+            texts = [decode(written) for written in ids[:, given:]]
+            row(name, spacing, n, passes, *judge(texts, train, text))
+
+
+def measure_contexts(model, train, text, n):
+    """The same characters, n stretches of 1,920, drafted in blocks behind 16 to 128 given ones."""
+    ids = model.tokenizer.encode(text)
+    starts = torch.linspace(192, len(ids) - 1920, int(n)).long().tolist()
+    row("context,spacing,stretches,nats,error,more than 16,error,passes per 240")
+    for spacing in (8, 6):
+        narrow = None
+        for context in (16, 32, 64, 96, 128):
+            width = 256 - context
+            blocks = [ids[s - context : s + 1920].unfold(0, 256, width) for s in starts]
+            counts = [len(b) for b in blocks]
+            nats, passes = exact(model, torch.cat(blocks), spacing, context)
+            nats = torch.stack([part.mean() for part in nats.split(counts)])
+            narrow = nats if narrow is None else narrow
+            cells = mean_error(nats) + mean_error(nats - narrow)
+            row(context, spacing, n, *cells, f"{passes.mean() * 240 / width:.1f}")
+
+
+def measure_samples(_, train, text, n):
+    """Both scripts as they are, n texts of 2,000 characters each at some temperatures."""
+    row("script,temperature,samples,passes,known words,error,distinct words,copied runs,reverse")
+    size = 2000
+    texts = [train[i : i + size] for i in range(0, len(train) - size, len(train) // int(n))]
+    row("training text", "", len(texts), "", *judge(texts, train, text))
+    for script in (diffusion, gpt):
+        model = script.load(script.weights_path)
+        for temp in (0.8, 0.7, 0.6, 0.9, 1.0):
+            torch.manual_seed(0)
+            runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
+            passes = sum(map(len, runs)) / len(runs) * 240 / size
+            row(script.name, temp, n, f"{passes:.1f}", *judge([r[-1] for r in runs], train, text))
+
+
+def plot():
+    """Draws frontier.csv, in colours that can be read on white and on black."""
+    import matplotlib.pyplot as plt
+
+    rows = list(csv.DictReader(here.with_suffix(".csv").open()))
+    for r in rows:
+        r.update({key: float(r[key]) for key in ("windows", "nats", "error", "passes")})
+    most = max(r["windows"] for r in rows)
+    grey, blue, orange = "#808080", "#2f81f7", "#e8710a"
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 10})
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for rule, label, marker in (
+        ("local maximum", "local maxima only", "o-"),
+        ("segments", "segments side by side", "^-"),
+        ("left to right", "left to right", "X"),
+        ("top probability", "a threshold of certainty", "v-"),
+        ("entropy-bounded", "a budget of entropy", "D-"),
+    ):
+        points = [(r["passes"], r["nats"]) for r in rows if r["rule"] == rule]
+        axes.plot(*zip(*points, strict=True), marker, color=grey, markersize=4, lw=1)
+        at = max(points, key=lambda point: point[1])
+        axes.annotate(label, at, (6, 4), textcoords="offset points", color=grey, fontsize=9)
+    curve = [r for r in rows if r["rule"] == "most certain" and r["windows"] == most]
+    x, y, error = ([r[key] for r in curve] for key in ("passes", "nats", "error"))
+    axes.errorbar(x, y, error, color=blue, marker="o", capsize=2, zorder=3)
+    for r in curve:
+        at = r["passes"], r["nats"] - r["error"]
+        axes.annotate(
+            r["parameter"], at, (0, -11), textcoords="offset points", color=blue, ha="center"
+        )
+    (point,) = (r for r in rows if r["rule"] == "gpt" and r["windows"] == most)
+    axes.errorbar(
+        point["passes"], point["nats"], point["error"], color=orange, marker="s", capsize=2
+    )
+    at = point["passes"], point["nats"]
+    axes.annotate("GPT", at, (-8, -4), textcoords="offset points", color=orange, ha="right")
+    axes.set_xscale("log")
+    axes.set_xticks([5, 8, 15, 30, 60, 120, 240], ["5", "8", "15", "30", "60", "120", "240"])
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.set_xlabel("forward passes per 240 characters", color=grey)
+    axes.set_ylabel("exact nats per character", color=grey)
+    axes.tick_params(colors=grey)
+    axes.grid(color=grey, alpha=0.25)
+    axes.spines[:].set_color(grey)
+    path = here.with_suffix(".svg")
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:]
+    if what == "plot":
+        plot()
+    else:
+        model = diffusion.load(diffusion.weights_path)
+        globals()[f"measure_{what}"](model, *diffusion.read_splits(diffusion.data_path), *numbers)
