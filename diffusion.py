@@ -1,7 +1,7 @@
 """Diffusion on Tiny Shakespeare: it fills in hidden characters, many of them per forward pass.
 
-RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases. gpt.py and diffusion.py differ in
-five places, so that `diff gpt.py diffusion.py` is the lesson; all else stands in both on purpose.
+RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases. gpt.py and diffusion.py are one file
+but for five changes, marked [1] to [5] in both: `diff gpt.py diffusion.py` is the lesson.
 
 [1] a mask token, written "_", joins the vocabulary: the model reads it but cannot predict it
 [2] attention sees both ways, so there is no key/value cache either
@@ -11,16 +11,12 @@ five places, so that `diff gpt.py diffusion.py` is the lesson; all else stands i
 """
 
 import argparse
-import hashlib
-import http.client
 import math
 import signal
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,11 +26,12 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-context, spacing = 16, 6  # [3] characters before a window's holes; least distance in one pass
+context = 16  # [3] characters before the holes of a block that the model sees at least
+spacing = 8  # [3] least distance between characters filled in one pass
 dropout = 0.0  # [4] hiding is noise enough: no text is ever seen twice in the same way,
 max_iters = 10000  # [4] and so it goes on learning for longer
-learning_rate, warmup_iters, weight_decay, eval_interval = 0.01, 100, 0.1, 250
-
+learning_rate, weight_decay = 0.005, 0.1
+warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
 weights_path = Path(__file__).parent / "weights" / f"{name}.pt"
@@ -45,16 +42,11 @@ data_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # ---- data --------------------------------------------------------------------------------------
 def read_splits(path):
     """The first 90% of a text, to train on, and the rest; fetches data.txt. OSError, ValueError."""
-    path = Path(path)
     if path == data_path and not path.exists():
         try:
-            content = urllib.request.urlopen(data_url, timeout=30).read()
-            if hashlib.sha256(content).hexdigest() != data_sha256:
-                raise OSError("not the text expected")
-        except (OSError, http.client.HTTPException) as error:
+            torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
+        except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
-        (partial := path.with_suffix(".partial")).write_bytes(content)
-        partial.replace(path)
     text = path.read_text(encoding="utf-8")
     split = int(0.9 * len(text))
     if len(text) - split <= block_size:
@@ -62,26 +54,23 @@ def read_splits(path):
     return text[:split], text[split:]
 
 
-class CharTokenizer:
-    """One character, one token. "_" is reserved in both scripts: it stands for a hidden one."""
-
+class CharTokenizer:  # one character, one token; "_" is reserved: it stands for a hidden one
     def __init__(self, chars):
         if "_" in chars:
             raise ValueError("the text holds '_', which is reserved: replace it")
         self.chars = "".join(sorted(set(chars)))
-        self.vocab, self.mask = self.chars + "_", len(self.chars)  # [1]
-        self.table = np.full(sys.maxunicode + 1, -1, np.int64)  # code point -> id
-        self.table[[ord(c) for c in self.vocab]] = range(len(self.vocab))
+        self.vocab = self.chars + "_"  # [1]
+        self.mask = len(self.chars)  # [1]
+        self.ids = {char: i for i, char in enumerate(self.vocab)}
 
     def encode(self, text):
         """str of T characters -> LongTensor (T,); ValueError names a character it does not know."""
-        ids = self.table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
-        if (ids < 0).any():
-            raise ValueError(f"unknown character {text[(ids < 0).argmax()]!r}: leave it out")
-        return torch.from_numpy(ids)
+        if unknown := set(text) - set(self.vocab):
+            raise ValueError(f"unknown character {min(unknown)!r}: leave it out")
+        return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
 
     def decode(self, ids):
-        return "".join(self.vocab[i] for i in ids.tolist())
+        return "".join([self.vocab[i] for i in ids.tolist()])
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -89,8 +78,7 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x, rope):
-    """RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by angles that grow along T."""
+def rotate(x, rope):  # RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by growing angles
     (a, b), (cos, sin) = x.chunk(2, -1), rope
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
@@ -107,21 +95,22 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
 
     def forward(self, x, rope):  # [2]
         B, T, _ = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]  # each (B, n_head, T, D)
-        # [2] both ways, and no cache: what is written changes the keys and values of all the rest
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=False)
+        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
+        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        # [2] no cache: each character that is written changes the keys and values of all others
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=False)  # [2]
         x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout, self.training)
         y = F.relu(self.up(norm(x))).square()
         return x + F.dropout(self.down(y), dropout, self.training)
 
 
-class Model(nn.Module):
-    """The transformer, with the tokenizer it reads by and the prompt it starts from by default."""
-
+class Model(nn.Module):  # with the tokenizer it reads by, and the prompt it starts from by default
     def __init__(self, tokenizer, prompt):
         super().__init__()
         self.tokenizer, self.prompt = tokenizer, prompt
+        self.header = {"chars": tokenizer.chars, "prompt": prompt, "n_layer": n_layer}
+        self.header |= {"n_head": n_head, "n_embd": n_embd, "block_size": block_size}
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -131,30 +120,34 @@ class Model(nn.Module):
 
     def forward(self, ids):  # [2]
         """ids (B, T) -> logits (B, T, V), float32."""
-        rope = self.rope[:, : ids.size(1)]  # [2] always the whole window
+        rope = self.rope[:, : ids.size(1)]  # [2]
         x = norm(self.embed(ids))
-        for block in self.blocks:
+        for block in self.blocks:  # [2]
             x = block(x, rope)  # [2]
         return self.head(norm(x)).float()
 
 
 def best_device():
     """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
-    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return device, torch.bfloat16 if cpu or torch.cuda.is_bf16_supported(False) else torch.float32
+    return device, torch.bfloat16 if cuda or cpu else torch.float32
 
 
-def load(path):
+def load(path, dtype=None):
     """The Model in a checkpoint, in eval mode on the best device; ValueError says what to do."""
-    problem = "damaged or of another script" if Path(path).exists() else "missing"
+    device, fastest_dtype = best_device()
+    problem = "damaged, of another script or of other sizes" if Path(path).exists() else "missing"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
+        if not model.header.items() <= checkpoint.items():
+            raise ValueError("other sizes")
         model.load_state_dict(checkpoint["weights"])
     except Exception:  # a damaged file can fail in any way
         raise ValueError(f"{path} is {problem}: make it with `{name}.py --train`") from None
-    return model.to(*best_device()).eval()
+    return model.to(device, dtype or fastest_dtype).eval()
 
 
 # ---- generation --------------------------------------------------------------------------------
@@ -164,161 +157,163 @@ def draw(logits, temp):
 
 
 def most_certain(logits, holes, spacing):  # [3]
-    """Which holes (B, T), bool, to commit by logits (B, T, V): those of highest top probability
-    of all holes less than spacing characters away. Of equals, the left one is the more certain."""
-    doubt = -logits.log_softmax(-1).amax(-1).masked_fill(~holes, -math.inf)
-    rank = doubt.argsort(stable=True).argsort().float()
-    return holes & (rank == -F.max_pool1d(-rank, 2 * spacing - 1, 1, spacing - 1))
+    """Which holes (B, T), bool, to fill by logits (B, T, V): the most certain, then the most
+    certain at least spacing from it, and so on until none is free. This is non-maximum suppression,
+    and takes all local maxima of what is free at once, the left one of equals."""
+    certainty = logits.softmax(-1).amax(-1)  # (B, T)
+    places = torch.arange(holes.size(1), device=holes.device)
+    reach = min(spacing, holes.size(1)) - 1
+    chosen, free = torch.zeros_like(holes), holes
+    while free.any():
+        rivals = certainty.masked_fill(~free, -1)
+        _, best = F.max_pool1d(rivals, 2 * reach + 1, 1, reach, return_indices=True)
+        chosen = chosen | (free & (best == places))
+        free = free & (F.max_pool1d(chosen.float(), 2 * reach + 1, 1, reach) == 0)
+    return chosen
+
+
+def fill(model, block, temp, spacing):  # [3]
+    """One forward pass: writes into the most certain holes of block, ids (T,)."""
+    mask, T = model.tokenizer.mask, len(block)
+    window = F.pad(block, (0, block_size - T), value=mask)  # the model knows this length only
+    logits = model(window[None].to(model.rope.device))[:, :T].cpu()
+    chosen = most_certain(logits, (block == mask)[None], spacing)[0]
+    block[chosen] = draw(logits[0, chosen], temp)
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.8, spacing=None):  # [3]
-    """Writes length characters behind prompt (default: the model's).
-
-    Yields the whole text so far after every pass; ValueError if the prompt cannot be read.
-    Holes "_" in prompt are filled too; those of the active window are shown, later ones not. [3]
-    """
+def generate(model, prompt=None, length=2000, temp=0.8, spacing=spacing):  # [3]
+    """Writes length characters behind prompt (default: the model's); yields the whole text so far
+    after every pass. ValueError if the prompt cannot be read."""
     text = model.prompt if prompt is None else prompt
-    given, text, mask = len(text), text + "_" * length, model.tokenizer.mask  # [3]
-    ids = model.tokenizer.encode(text).to(model.rope.device)
-    while "_" in text:  # [3]
-        start = max(0, text.index("_") - context)
+    ids, mask = model.tokenizer.encode(text + "_" * length), model.tokenizer.mask  # [3]
+    while (ids == mask).any():
+        first = (ids == mask).nonzero()[0].item()
+        start = max(0, min(first - context, len(ids) - block_size))
         end = start + block_size
-        window = ids[None, start:end]  # a view: to commit a character here is to commit it in ids
-        beyond = (0, block_size - window.size(1))  # holes past the end only pad the window
-        while "_" in text[start:end]:
-            logits = model(F.pad(window, beyond, value=mask))[:, : window.size(1)]
-            chosen = most_certain(logits, window == mask, spacing or globals()["spacing"])
-            window.copy_(torch.where(chosen, draw(logits, temp), window))
-            text = text[:start] + model.tokenizer.decode(window[0]) + text[end:]
-            yield text[: max(end, given)]
+        block = ids[start:end]  # a view: to write here is to write in ids
+        written = block == mask
+        while (block == mask).any():  # the draft
+            fill(model, block, temp, spacing)
+            yield model.tokenizer.decode(ids[: max(end, len(text))])
+        combs = written.cumsum(0) % 8
+        for comb in combs[written].unique():  # the second look: every 8th of them is written anew
+            block[written & (combs == comb)] = mask
+            fill(model, block, temp, 8)
+            yield model.tokenizer.decode(ids[: max(end, len(text))])
 
 
 # ---- training and evaluation -------------------------------------------------------------------
-def hide(ids, mask, strata, generator=None):  # [4]
-    """ids (B, T) with n characters of each row, chosen at random, replaced by mask: n is uniform on
-    1..T, and each of strata rows in turn draws it from a share of 1..T of its own."""
-    (B, T), device = ids.shape, generator.device if generator else ids.device
-    place = torch.rand(B, 1, generator=generator, device=device)
-    place = (place + torch.arange(B, device=device)[:, None] % strata) / strata
-    order = torch.rand(B, T, generator=generator, device=device).argsort(1)  # random permutations
-    return torch.where((order < 1 + (T * place).long()).to(ids.device), mask, ids)
+def hide(ids, mask):  # [4]
+    """ids (B, T) with l characters of each row, chosen at random, replaced by mask; l is uniform on
+    1..T, stratified over the rows. Drawn on the CPU, so that a seed hides the same everywhere."""
+    B, T = ids.shape
+    counts = 1 + (T * (torch.rand(B, 1) + torch.arange(B)[:, None]) / B).long()  # (B, 1)
+    order = torch.rand(B, T).argsort(1)  # a random permutation in each row
+    return torch.where((order < counts).to(ids.device), mask, ids)
 
 
-def loss_fn(model, batch, strata=None, generator=None):  # [4]
-    """Nats per character of batch (B, T + 1) but its first column: the mean over rows of the mean
-    over hidden characters, which in expectation is an upper bound (LLaDA, arXiv 2502.09992)."""
-    targets, mask = batch[:, 1:], model.tokenizer.mask
-    inputs = hide(targets, mask, strata or len(batch), generator)
+def loss_fn(model, batch):
+    """Nats per character of each row of batch (B, T + 1), but for its first character: (B,)."""
+    targets = batch[:, 1:]  # [4]
+    inputs = hide(targets, model.tokenizer.mask)  # [4]
     nats = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")
-    hidden = inputs == mask  # [5]
-    return ((nats * hidden).sum(1) / hidden.sum(1)).mean()  # [5]
+    hidden = inputs == model.tokenizer.mask  # [5]
+    return (nats * hidden).sum(1) / hidden.sum(1)  # [5]
 
 
 @torch.no_grad()
-def evaluate(model, text, draws=16):  # [4] of n for each window
+@torch.random.fork_rng(devices=[])  # [4]
+def evaluate(model, text, draws=16):  # [4] of l for each window
     """Nats per character over all consecutive windows of block_size characters."""
-    training, device = model.training, model.rope.device
+    training = model.training
     model.eval()
     windows = model.tokenizer.encode(text).unfold(0, block_size + 1, block_size)
-    windows, g = windows.repeat_interleave(draws, 0), torch.Generator().manual_seed(0)  # [4]
-    nats = [loss_fn(model, batch.to(device), draws, g) * len(batch) for batch in windows.split(16)]
+    windows = windows.repeat_interleave(draws, 0)  # [4]
+    torch.default_generator.manual_seed(0)  # [4]
+    nats = [loss_fn(model, batch.to(model.rope.device)).sum() for batch in windows.split(16)]
     model.train(training)
     return sum(nats).item() / len(windows)
 
 
-@torch.no_grad()
-def exact(model, windows, spacing, given=16):  # [3]
-    """Nats per character (N,), exact, of writing windows (N, T) behind the given ones, and passes
-    (N,): which holes a pass fills depends on the text so far alone (DUEL, arXiv 2603.01367)."""
-    mask, ids = model.tokenizer.mask, windows.clone()
-    ids[:, given:] = mask
-    nats, passes = torch.zeros(2, len(ids), device=ids.device)
-    while (holes := ids == mask).any():
-        logits = model(ids)
-        chosen = most_certain(logits, holes, spacing)
-        nats += (F.cross_entropy(logits.transpose(1, 2), windows, reduction="none") * chosen).sum(1)
-        passes += holes.any(1)
-        ids = torch.where(chosen, windows, ids)
-    return nats / (windows.size(1) - given), passes
-
-
-@torch.no_grad()
-def report(model, text):
-    """Prints nats and bits per character: over all windows, and of writing 240 after 16 given."""
-    windows = model.tokenizer.encode(text).to(model.rope.device).unfold(0, block_size, 240)
-    windows = windows if windows.is_cuda else windows[:: -(-len(windows) // 8)]  # [3] 8 of all
-    rows = [("all windows: upper bound", evaluate(model, text), "", "")]
-    gaps = (256, 16, 8, 6, 4, 2)  # [3] 256: one character per pass
-    walks = {gap: exact(model, windows, gap) for gap in tqdm(gaps, leave=False)}
-    for gap, (nats, passes) in walks.items():
-        more, n = nats - walks[256][0], len(nats)
-        label = f"spacing {gap:3} {more.mean():+.4f} +- {more.std() / n**0.5:.4f}"
-        rows += [(label, nats.mean(), f"{nats.std() / n**0.5:.4f}", f"{passes.mean():.1f}")]
-    print(f"{f'per character, {len(nats)} windows':32}    nats      +-    bits  passes")
-    for label, mean, error, passes in rows:
-        print(f"{label:32}{mean:8.4f}{error:>8}{mean / math.log(2):8.4f}{passes:>8}")
-
-
-def train(data, weights):
-    """Trains on the file data; the file weights holds the best validated so far, also on Ctrl-C."""
-    train_text, val_text = read_splits(data)
-    tokenizer, weights = CharTokenizer(train_text + val_text), Path(weights)
-    device, dtype = best_device()
+def train(data, weights, iters=None, batch=None, resume=False):
+    """Trains on the file data; weights is the file that holds what validated best so far."""
+    train_text, val_text = read_splits(Path(data))
+    iters, batch = iters or max_iters, batch or batch_size
+    weights = Path(weights)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    model = Model(tokenizer, train_text[:16]).to(device)
+    partial, state_path = weights.with_suffix(".partial"), weights.with_suffix(".resume")
+    device, dtype = best_device()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    model = Model(CharTokenizer(train_text + val_text), train_text[:16]).to(device)
+    if resume:
+        model = load(weights, torch.float32)
+    ids = model.tokenizer.encode(train_text).to(device)
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    step = torch.compile(loss_fn) if device.type == "cuda" else loss_fn
-    windows = tokenizer.encode(train_text).to(device).unfold(0, block_size + 1, 1)  # a view
-    best, saved = math.inf, "nothing saved"
+    done, best, saved = 0, math.inf, ""
+    if resume and state_path.exists():
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        for part in (model, muon, adamw):
+            part.load_state_dict(state.pop(0))
+        random, done, iters, batch, best, saved = state
+        torch.set_rng_state(random)
+    compiled = torch.compile(model) if device.type == "cuda" else model
     try:
-        for i in (bar := tqdm(range(1, max_iters + 1), name)):
+        autocast(compiled)(ids.new_zeros(batch, block_size))
+    except Exception as error:  # it can fail in any way: no compiler, no Triton
+        print(f"going on without torch.compile: {error!r:.100}", file=sys.stderr)
+        compiled = model
+    try:
+        for i in (bar := tqdm(range(done + 1, iters + 1), name, initial=done, total=iters)):
             for group in muon.param_groups + adamw.param_groups:
-                group["lr"] = learning_rate * min(i / warmup_iters, 1 - (i - 1) / max_iters)
-            batch = windows[torch.randint(len(windows), (batch_size,), device=device)]
+                group["lr"] = learning_rate * min(i / warmup_iters, 1 - (i - 1) / iters)
+            starts = torch.randint(len(ids) - block_size, (batch, 1))
+            rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch, T + 1)
             model.train().zero_grad()
-            try:
-                with autocast:
-                    loss = step(model, batch)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                bar.write(f"going on without torch.compile: {str(error)[:80]!r}")
-                step = loss_fn
-                continue
+            with autocast:
+                loss = loss_fn(compiled, rows).mean()
             loss.backward()
             muon.step()
             adamw.step()
             if i % 10 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{best:.4f}")
-            if i % eval_interval == 0 or i == max_iters:
-                model.eval()
-                with autocast, torch.random.fork_rng():
+            if i % eval_interval == 0 or i == iters:
+                with autocast, torch.random.fork_rng(devices=[]):
                     val = evaluate(model, val_text, draws=2)  # [4]
-                    *_, sample = generate(model, length=200)
-                bar.write(f"{sample}\n\niteration {i}: {val:.4f} nats per character\n")
+                    sample = list(generate(model.eval(), length=200))[-1]
                 if val < best:
-                    best = val
-                    saved = f"{weights} holds iteration {i}: {val:.4f} nats per character"
+                    if weights.exists() and not saved:
+                        weights.replace(weights.with_suffix(".old"))
                     state = {key: value.bfloat16() for key, value in model.state_dict().items()}
-                    state = {"chars": tokenizer.chars, "prompt": model.prompt, "weights": state}
-                    torch.save(state, partial := weights.with_suffix(".partial"))
+                    torch.save({**model.header, "weights": state}, partial)
                     partial.replace(weights)
+                    saved = f"{weights} holds iteration {i}: {val:.4f} nats per character"
+                    best = val
+                state = [part.state_dict() for part in (model, muon, adamw)]
+                state += [torch.get_rng_state(), i, iters, batch, best, saved]
+                torch.save(state, partial)
+                partial.replace(state_path)
+                bar.write(f"{sample}\n\niteration {i}: {val:.4f} nats per character\n")
+        state_path.unlink()
     finally:
-        print(saved, file=sys.stderr)
+        print(saved or "nothing saved", file=sys.stderr)
 
 
 # ---- command line ------------------------------------------------------------------------------
 def write(model, prompt, length, *sampling):
-    """Prints the text up to its first hole as it grows; the figures go to standard error."""
+    """Prints the text as it settles; the figures go to standard error."""
     text = model.prompt if prompt is None else prompt
     total, shown, passes, start = length + text.count("_"), 0, 0, time.perf_counter()
-    texts = generate(model, prompt, length, *sampling)
-    for text in tqdm(texts, unit=" passes", disable=sys.stdout.isatty() or None):
-        done = text.partition("_")[0]
-        print(done[shown:], end="", flush=True)
-        shown, passes = len(done), passes + 1
+    bar = tqdm(total=total, unit=" characters", disable=sys.stdout.isatty() or None)
+    for longer in generate(model, prompt, length, *sampling):
+        if len(longer) > len(text) and "_" not in text:  # all that was there is settled
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+        bar.update(len(longer.replace("_", "")) - len(text.replace("_", "")))
+        text, passes = longer, passes + 1
+    bar.close()
     print(text[shown:])
     figures = f"{total} characters, {passes} passes, {total / max(passes, 1):.2f} per pass"
     print(f"{figures}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -326,39 +321,44 @@ def write(model, prompt, length, *sampling):
 
 def main(argv=None):
     """Writes, trains or scores; bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda message: sys.exit(print(f"{name}.py: {message}", file=sys.stderr) or 2)
+    parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--train", action="store_true", help="train, and keep the weights that validate best")
+    add("--iters", type=int, metavar="N", help=f"iterations of training ({max_iters})")
+    add("--batch", type=int, metavar="N", help=f"sequences per iteration ({batch_size})")
+    add("--resume", action="store_true", help="go on with the last training, or from the weights")
     add("--eval", action="store_true", help="score the weights on the validation text")
-    add("--data", default=data_path, metavar="FILE", help="your own text, instead of data.txt")
+    add("--data", default=data_path, type=Path, metavar="FILE", help="your own text")
     add("--weights", default=weights_path, metavar="FILE", help=f"instead of weights/{name}.pt")
     add("--prompt", metavar="TEXT", help="the text to start from")
     add("--length", default=2000, type=int, metavar="N", help="characters to write (2000)")
     add("--temp", default=0.8, type=float, metavar="T", help="temperature, 0 = greedy (0.8)")
-    add("--seed", default=1337, type=int, metavar="N", help="of the random numbers (1337)")
-    add("--spacing", default=spacing, type=int, metavar="N", help=f"of one pass ({spacing})")  # [3]
+    add("--seed", default=1337, type=int, metavar="N", help="random seed (1337)")
+    distance = f"least distance between characters filled in one pass ({spacing})"  # [3]
+    add("--spacing", default=spacing, type=int, metavar="N", help=distance)  # [3]
     args = parser.parse_args(argv)
-    if not (0 <= args.length < 1e9 and 0 <= args.temp < math.inf and 0 <= args.seed < 2**63):
-        parser.error("--length, --temp and --seed take numbers from 0 up")
-    if args.spacing < 1:  # [3]
-        parser.error("--spacing takes numbers from 1 up")
+    for key, least in dict(iters=1, batch=1, length=0, temp=0, seed=0, spacing=1).items():  # [3]
+        value = vars(args)[key]
+        if value is not None and not least <= value < 2**31:
+            parser.error(f"--{key} takes a number from {least} up, below 2**31")
     try:
         model = None if args.train else load(args.weights)
         torch.manual_seed(args.seed)
         if args.train:
-            train(args.data, args.weights)
+            train(args.data, args.weights, args.iters, args.batch, args.resume)
         elif args.eval:
-            report(model, read_splits(args.data)[1])
+            nats = evaluate(model, read_splits(args.data)[1])
+            print(f"{nats:.4f} nats per character, {nats / math.log(2):.4f} bits")
         else:
             write(model, args.prompt, args.length, args.temp, args.spacing)  # [3]
     except (OSError, ValueError) as error:
-        parser.error(error)
+        parser.exit(2, f"{name}.py: {error}\n")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()

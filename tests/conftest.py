@@ -34,6 +34,5 @@ def random_model(script, chars=CHARS, seed=0):
 
 def checkpoint(model, path):
     weights = {key: value.bfloat16() for key, value in model.state_dict().items()}
-    chars = model.tokenizer.chars
-    torch.save({"chars": chars, "prompt": model.prompt, "weights": weights}, path)
+    torch.save({**model.header, "weights": weights}, path)
     return path

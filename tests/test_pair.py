@@ -12,16 +12,22 @@ GPT, DIFFUSION = ((ROOT / file).read_text().splitlines() for file in ("gpt.py", 
 CHANGES = difflib.SequenceMatcher(None, GPT, DIFFUSION, autojunk=False).get_opcodes()
 
 
-def test_every_hunk_says_which_of_the_five_changes_it_is():
-    docstring_end = ast.parse("\n".join(DIFFUSION)).body[0].end_lineno
-    hunks = ["\n".join(DIFFUSION[j:k]) for op, _, _, j, k in CHANGES if op != "equal"]
-    spans = [k for op, _, _, _, k in CHANGES if op != "equal"]
-    marked = [re.search(r"\[[1-5]\]", hunk) for hunk in hunks]
-    unmarked = [
-        h for h, k, m in zip(hunks, spans, marked, strict=True) if k > docstring_end and not m
-    ]
-    assert unmarked == []
-    assert {m[0] for m in marked if m} == {f"[{n}]" for n in range(1, 6)}
+def test_every_hunk_says_in_both_files_which_of_the_five_changes_it_is():
+    """The docstrings need not; where one file has no line, the other says it alone."""
+    gpt_start, diffusion_start = (
+        ast.parse("\n".join(lines)).body[0].end_lineno for lines in (GPT, DIFFUSION)
+    )
+    for op, i, j, k, n in CHANGES:
+        if op == "equal" or n <= diffusion_start:
+            continue
+        assert re.search(r"\[[1-5]\]", "\n".join(DIFFUSION[k:n])), DIFFUSION[k:n]
+        assert j <= gpt_start or i == j or re.search(r"\[[1-5]\]", "\n".join(GPT[i:j])), GPT[i:j]
+
+
+def test_both_files_have_a_place_for_each_of_the_five_changes():
+    for lines in (GPT, DIFFUSION):
+        marks = {mark for line in lines for mark in re.findall(r"# \[([1-5])\]", line)}
+        assert marks == set("12345")
 
 
 def test_nothing_is_marked_that_does_not_differ():
@@ -31,7 +37,7 @@ def test_nothing_is_marked_that_does_not_differ():
 
 def test_most_of_gpt_stands_in_diffusion_and_both_are_short():
     same = sum(j - i for op, i, j, _, _ in CHANGES if op == "equal")
-    assert same / len(GPT) >= 0.88
+    assert same / len(GPT) >= 0.9
     assert len(GPT) <= 312
     assert len(DIFFUSION) <= 364
 

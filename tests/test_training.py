@@ -36,7 +36,7 @@ ENTROPY = math.log(4) / 3
 @pytest.fixture
 def toy(monkeypatch, tmp_path, script):
     """A text and settings to learn it by; returns the paths of the text and the weights."""
-    sizes = {"n_embd": 64, "block_size": 48, "batch_size": 32}
+    sizes = {"n_embd": 64, "block_size": 48, "batch_size": 32, "learning_rate": 0.01}
     for key, value in {**sizes, "max_iters": 150, "eval_interval": 50}.items():
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
@@ -44,25 +44,25 @@ def toy(monkeypatch, tmp_path, script):
     return data, tmp_path / "new" / "weights.pt"
 
 
-def test_exactly_n_characters_are_hidden_and_n_is_uniform():
-    ids = torch.randint(50, (64, 32))
+@pytest.mark.parametrize("rows", [4, 32, 64])
+def test_exactly_l_characters_are_hidden_and_l_is_uniform(rows):
+    """One row draws l from each rows-th part of 1..32."""
+    ids = torch.randint(50, (rows, 32))
     torch.manual_seed(0)
-    for _ in range(5):
-        hidden = diffusion.hide(ids, 99, 64) == 99
-        assert torch.equal(diffusion.hide(ids, 99, 64) == 99, hidden) is False
-        counts = hidden.sum(1)
-        assert counts.sort().values.tolist() == [n for n in range(1, 33) for _ in range(2)]
-    counts = torch.cat([(diffusion.hide(ids, 99, 4) == 99).sum(1) for _ in range(400)])
-    quarter = (counts - 1) // 8
-    assert torch.equal(quarter, torch.arange(4).repeat(len(counts) // 4))
-    share = counts.bincount(minlength=33)[1:] / len(counts)
-    assert ((share - 1 / 32).abs() < 5 * math.sqrt(1 / 32 / len(counts))).all()
+    hidden = [diffusion.hide(ids, 99) == 99 for _ in range(400)]
+    assert not torch.equal(hidden[0], hidden[1])
+    counts = torch.stack([h.sum(1) for h in hidden])
+    low = torch.arange(rows) * 32 // rows
+    high = (torch.arange(1, rows + 1) * 32 + rows - 1) // rows
+    assert ((low < counts) & (counts <= high)).all()
+    share = counts.flatten().bincount(minlength=33)[1:] / counts.numel()
+    assert ((share - 1 / 32).abs() < 5 * math.sqrt(1 / 32 / counts.numel())).all()
 
 
 def test_hiding_keeps_the_rest_and_favours_no_place():
     ids = torch.randint(50, (6400, 32))
     torch.manual_seed(0)
-    inputs = diffusion.hide(ids, 99, 64)
+    inputs = diffusion.hide(ids, 99)
     hidden = inputs == 99
     assert torch.equal(inputs[~hidden], ids[~hidden])
     share = hidden.float().mean(0)  # 16.5 of 32 in the mean
@@ -75,9 +75,11 @@ def test_only_hidden_characters_count_and_each_row_alike():
     logits = nn.Parameter(torch.zeros(B, T, 4))
     model, batch = Stub(diffusion, chars, logits), torch.randint(4, (B, T + 1))
     torch.manual_seed(1)
-    hidden = diffusion.hide(batch[:, 1:], 4, B) == 4
+    hidden = diffusion.hide(batch[:, 1:], 4) == 4
     torch.manual_seed(1)
-    diffusion.loss_fn(model, batch).backward()
+    loss = diffusion.loss_fn(model, batch)
+    assert loss.shape == (B,)
+    loss.mean().backward()
     right = torch.nn.functional.one_hot(batch[:, 1:], 4)
     expected = (0.25 - right) * (hidden / hidden.sum(1, keepdim=True) / B)[:, :, None]
     assert (~hidden).any() and torch.allclose(logits.grad, expected, atol=1e-7)
@@ -87,7 +89,9 @@ def test_gpt_is_asked_for_the_next_character():
     chars, (B, T) = "abcd", (8, 24)
     logits = nn.Parameter(torch.zeros(B, T, 4))
     batch = torch.randint(4, (B, T + 1))
-    gpt.loss_fn(Stub(gpt, chars, logits), batch).backward()
+    loss = gpt.loss_fn(Stub(gpt, chars, logits), batch)
+    assert loss.shape == (B,)
+    loss.mean().backward()
     right = torch.nn.functional.one_hot(batch[:, 1:], 4)
     assert torch.allclose(logits.grad, (0.25 - right) / (B * T), atol=1e-7)
 
@@ -149,6 +153,20 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch
     assert [path.name for path in weights.parent.iterdir()] == ["weights.pt"]
 
 
+def test_the_command_line_sets_iterations_and_batch(script, toy, monkeypatch):
+    data, weights = toy
+    shapes, loss_fn = [], script.loss_fn
+
+    def watch(model, batch):
+        shapes.extend([tuple(batch.shape)] * model.training)
+        return loss_fn(model, batch)
+
+    monkeypatch.setattr(script, "loss_fn", watch)
+    args = ["--train", "--iters", "3", "--batch", "5"]
+    script.main([*args, "--data", str(data), "--weights", str(weights)])
+    assert shapes == [(5, 49)] * 3
+
+
 @pytest.fixture
 def scripted(script, toy, monkeypatch):
     """Training whose validation scores are set beforehand; keeps what each of them would score."""
@@ -157,7 +175,7 @@ def scripted(script, toy, monkeypatch):
     monkeypatch.setattr(script, "eval_interval", 2)
     states = []
 
-    def run(*scores):
+    def run(*scores, args=()):
         upcoming = iter(scores)
 
         def evaluate(model, text, **_):
@@ -168,7 +186,7 @@ def scripted(script, toy, monkeypatch):
             return score
 
         monkeypatch.setattr(script, "evaluate", evaluate)
-        script.main(["--train", "--data", str(data), "--weights", str(weights)])
+        script.main(["--train", "--data", str(data), "--weights", str(weights), *args])
 
     return run, states, weights
 
@@ -193,6 +211,107 @@ def test_ctrl_c_leaves_the_best_so_far(script, scripted, capsys):
     assert stop.value.code == 130
     assert same_weights(script.load(weights), states[0])
     assert f"{weights} holds iteration 2" in capsys.readouterr().err
+
+
+def content(path):
+    """What torch.load finds, with equal tensors as equal lists."""
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(script, scripted, monkeypatch):
+    """Resumed after its second of three evaluations it sees the same batches, masks, dropout and
+    learning rates, and ends with the same weights; what it need not remember is gone."""
+    run, _, weights = scripted
+    monkeypatch.setattr(script, "dropout", 0.2)
+    run(3.0, 2.0, 1.0)
+    whole = content(weights)
+    weights.unlink()
+    with pytest.raises(SystemExit):
+        run(3.0, 2.0, KeyboardInterrupt, args=["--iters", "6", "--batch", "32"])
+    assert {path.name for path in weights.parent.iterdir()} == {"weights.pt", "weights.resume"}
+    monkeypatch.setattr(script, "max_iters", 100)
+    monkeypatch.setattr(script, "batch_size", 1)
+    run(1.0, args=["--resume", "--seed", "5"])
+    resumed = content(weights)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert [path.name for path in weights.parent.iterdir()] == ["weights.pt"]
+
+
+def test_a_resumed_run_remembers_its_best(script, scripted, capsys):
+    run, states, weights = scripted
+    with pytest.raises(SystemExit):
+        run(1.0, KeyboardInterrupt)
+    run(3.0, 2.0, args=["--resume"])
+    assert same_weights(script.load(weights), states[0])
+    assert f"{weights} holds iteration 2: 1.0000" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_state_training_goes_on_from_the_weights(script, scripted, monkeypatch):
+    """In float32 from the start: also the angles of RoPE, which loading rounds."""
+    run, _, weights = scripted
+    run(3.0, 2.0, 1.0)
+    before = content(weights)
+    monkeypatch.setattr(script, "learning_rate", 0.0)
+    run(3.0, 2.0, 1.0, args=["--resume"])
+    after = content(weights)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert script.load(weights, torch.float32).rope.dtype == torch.float32
+
+
+def test_the_weights_that_were_there_are_kept_once(script, scripted):
+    """By the first save of a run, and no later one takes their place."""
+    run, _, weights = scripted
+    run(3.0, 2.0, 1.0)
+    first = weights.read_bytes()
+    run(9.0, 8.0, 7.0, args=["--seed", "2"])
+    assert weights.with_suffix(".old").read_bytes() == first != weights.read_bytes()
+    with pytest.raises(SystemExit):
+        run(9.0, KeyboardInterrupt, args=["--seed", "3"])
+    second = weights.with_suffix(".old").read_bytes()
+    run(8.0, 7.0, args=["--resume"])
+    assert weights.with_suffix(".old").read_bytes() == second != first
+
+
+def test_all_is_saved_before_anything_is_shown(script, scripted, monkeypatch):
+    """A console that fails, for whatever reason, loses nothing."""
+    run, states, weights = scripted
+
+    def fail(*args, **kwargs):
+        raise UnicodeEncodeError("cp1252", "x", 0, 1, "no such character")
+
+    monkeypatch.setattr(script.tqdm, "write", fail)
+    with pytest.raises(SystemExit):
+        run(3.0)
+    assert same_weights(script.load(weights), states[0])
+    assert weights.with_suffix(".resume").exists()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_torch_compile_fails_training_goes_on(script, toy, monkeypatch, capsys, works):
+    """On a processor that says it is a GPU: compiled once, or one line and no compiling."""
+    data, weights = toy
+    used = []
+
+    def compile(model):
+        def compiled(ids):
+            used.append(tuple(ids.shape))
+            if not works:
+                raise RuntimeError("no compiler\nand a long story")
+            return model(ids)
+
+        compiled.tokenizer = model.tokenizer
+        return compiled
+
+    class Device(str):
+        type = "cuda"
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(script, "best_device", lambda: (Device("cpu"), torch.float32))
+    args = ["--train", "--iters", "3", "--data", str(data), "--weights", str(weights)]
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.set_grad_enabled(True))
+    script.main(args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "torch.compile" in line]
+    assert len(lines) == (not works) and used == [(32, 48)] * (4 if works else 1)
 
 
 def test_ctrl_c_before_any_score_keeps_the_old_weights(scripted, capsys):
