@@ -1,15 +1,15 @@
 """Replays in the terminal how diffusion.py writes, and gpt.py beside it: a frame is a forward pass.
 
 It calls no model. It records the texts that their generate() yields, and the time of each, then
-plays them. Four states: prompt (bold), hidden (shaded), just written (reversed), settled (plain).
+plays them. Four states: prompt (bold), hidden (shaded), just written (reversed), written (plain).
 """
 
 import argparse
+import math
 import os
 import re
 import signal
 import sys
-import textwrap
 import time
 import unicodedata
 from bisect import bisect
@@ -23,31 +23,29 @@ from tqdm import tqdm
 import diffusion
 import gpt
 
-# One pass: the text it left, the seconds until then, and the number and span of its active block.
-Frame = namedtuple("Frame", "text seconds block start end")
+# One pass: its text, the seconds until then, the number and span of its block, a second look or not
+Frame = namedtuple("Frame", "text seconds block start end anew")
 
 
 # ---- recording ---------------------------------------------------------------------------------
 def known(text):
-    """How many characters of text are not hidden."""
     return len(text) - text.count("_")
 
 
 def record(frames, texts, total, name):
-    """Appends a Frame for each of texts to frames, whose first one holds the prompt.
-
-    Once a block has no hole left, the next one starts at the first hole behind it. A GPT's one hole
-    is the end of its text, so the same rule counts the same blocks there.
-    """
+    """Appends a Frame for each of texts to frames, whose first one holds the prompt. A pass that
+    writes behind a block begins the next, at the first hole: a GPT's is the end of its text."""
     begin, block, start, end = time.perf_counter(), 0, 0, 0
+    length = known(frames[0].text) + total
     with tqdm(total=total, desc=name, unit=" characters", leave=False, disable=None) as bar:
         for text in texts:
             before = frames[-1].text
-            hole = f"{before}_".index("_")
-            if hole >= end:
-                block, start = block + 1, hole
-                end = max(0, hole - diffusion.context) + diffusion.block_size
-            frames.append(Frame(text, time.perf_counter() - begin, block, start, end))
+            if text[end:] != before[end:]:
+                block, start = block + 1, f"{before}_".index("_")
+                end = max(0, min(start - diffusion.context, length - diffusion.block_size))
+                end += diffusion.block_size
+            anew = len(before) >= min(end, length) and "_" not in before[start:end]
+            frames.append(Frame(text, time.perf_counter() - begin, block, start, end, anew))
             bar.update(known(text) - known(before))
 
 
@@ -56,7 +54,7 @@ def look():
     """The glyphs and styles, without what the encoding lacks and what NO_COLOR forbids."""
     replaced = b"?" in "░│━─".encode(sys.stdout.encoding, "replace")
     prompt, new = ("1", "7") if os.environ.get("NO_COLOR") else ("1;35", "7;32")
-    styles = {"prompt": prompt, "hidden": "2", "new": new, "settled": ""}
+    styles = {"prompt": prompt, "hidden": "2", "new": new, "written": ""}
     return "_|=-" if replaced else "░│━─", styles
 
 
@@ -65,7 +63,8 @@ def figures(frames, i):
     passes, blocks = min(i, len(frames) - 1), frames[-1].block
     frame = frames[passes]
     written, total = (known(f.text) - known(frames[0].text) for f in (frame, frames[-1]))
-    status = f"block {frame.block:{len(str(blocks))}} of {blocks}"
+    phase = ", second look" if frame.anew else ""
+    status = f"block {frame.block:{len(str(blocks))}} of {blocks}{phase:13}"
     return [
         status if i == passes else f"{'done':{len(status)}}",
         f"{passes:{len(str(total))}} passes",
@@ -85,29 +84,31 @@ def layout(text, width):
 
 def pane(name, frames, i, width, height):
     """Frame i of one model, in at most height rows: the figures, then the text around its block."""
-    frame, prompt, final = frames[min(i, len(frames) - 1)], frames[0].text, frames[-1].text
-    text, before = frame.text, frames[min(i, len(frames)) - 1].text.ljust(len(frame.text), "_")
+    done = i >= len(frames)
+    frame, before = (frames[-1], frames[-1]) if done else (frames[i], frames[i - 1])
+    text, prompt, final = frame.text, frames[0].text, frames[-1].text
+    before = before.text.ljust(len(text), "_")
     (mask, margin, full, rest), styles = look()
     cells = [mask if c == "_" else c if c.isprintable() else " " for c in text]
     states = [
-        "hidden" if now == "_" else "prompt" if given != "_" else "new" if was == "_" else "settled"
+        "hidden" if now == "_" else "prompt" if given != "_" else "new" if now != was else "written"
         for now, given, was in zip(text, prompt.ljust(len(text), "_"), before, strict=True)
     ]
 
-    parts = [part.replace(" ", "\xa0") for part in (name, *figures(frames, i))]
-    lines = ("  ".join(parts[:2]), "  ".join(parts[2:]))  # textwrap does not break at "\xa0"
-    rows = [row.replace("\xa0", " ") for line in lines for row in textwrap.wrap(line, width)]
+    parts = [name, *figures(frames, i)]
+    lines = ["  ".join(parts[:2]), "  ".join(parts[2:])]
+    rows = lines if max(map(len, lines)) <= width else [part[:width] for part in parts]
     rows = [rows[0].replace(name, f"\x1b[1m{name}\x1b[m"), *rows[1:]][: max(1, height // 2)]
     if height > 9:
-        done = width * (known(text) - known(prompt)) // (known(final) - known(prompt))
-        rows.append(f"{full * done}\x1b[2m{rest * (width - done)}\x1b[m")
+        share = width * (known(text) - known(prompt)) // (known(final) - known(prompt))
+        rows.append(f"{full * share}\x1b[2m{rest * (width - share)}\x1b[m")
 
     spans, space = layout(final, width - 2), height - len(rows) - (height > 9)
     ends, hole = [end for _, end in spans[:-1]], f"{before}_".index("_")
     # The block's end stays in view; where that would push out the first hole, the hole does.
     top = max(0, min(bisect(ends, frame.end - 1) - space + 1, bisect(ends, hole)))
     for start, end in spans[top : top + space]:
-        active = start < min(len(text), frame.end) and frame.start < end and i < len(frames)
+        active = start < min(len(text), frame.end) and frame.start < end and not done
         row = f"\x1b[2m{margin}\x1b[m " if active else "  "
         for state, run in groupby(range(start, min(end, len(text))), states.__getitem__):
             row += f"\x1b[{styles[state]}m{''.join(cells[j] for j in run)}\x1b[m"
@@ -141,26 +142,24 @@ def stage():
 # ---- command line ------------------------------------------------------------------------------
 def main(argv=None):
     """Records, replays, prints the texts; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda message: sys.exit(print(f"visualize.py: {message}", file=sys.stderr) or 2)
+    parser = argparse.ArgumentParser("visualize.py", "%(prog)s [options]", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--compare", action="store_true", help="show gpt.py beside diffusion.py")
-    add("--blocks", default=5, type=int, metavar="N", help="windows to fill (5)")
+    add("--blocks", default=5, type=int, metavar="N", help="blocks to write (5)")
     add("--fps", default=20, type=int, metavar="N", help="forward passes per second (20)")
     add("--prompt", metavar="TEXT", help="the text to start from; diffusion fills its holes, '_'")
     add("--temp", default=0.8, type=float, metavar="T", help="temperature, 0 = greedy (0.8)")
-    add("--seed", default=1337, type=int, metavar="N", help="of the random numbers (1337)")
+    add("--seed", default=1337, type=int, metavar="N", help="random seed (1337)")
     args = parser.parse_args(argv)
-    if args.blocks < 1 or args.fps < 1:
-        parser.error("--blocks and --fps take whole numbers from 1 up")
-    if not 0 <= args.temp < float("inf") or not 0 <= args.seed < 2**63:
-        parser.error("--temp and --seed take numbers from 0 up")
+    for key, least in dict(blocks=1, fps=1, temp=0, seed=0).items():
+        if not least <= vars(args)[key] < 2**31:
+            parser.error(f"--{key} takes a number from {least} up, below 2**31")
     if os.name == "nt":
         os.system("")  # from now on a Windows console takes escape sequences
     sys.stdout.reconfigure(encoding="utf-8" if os.name == "nt" else None, errors="replace")
     length = args.blocks * (diffusion.block_size - diffusion.context)
     modules = (diffusion, gpt) if args.compare else (diffusion,)
-    takes, i = {}, sys.maxsize  # the frames of each model, and the one shown: all there is
+    takes, i = {}, math.inf  # the frames of each model, and the one shown: the last, if none is
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so each finally runs
     try:
         models = [module.load(module.weights_path) for module in modules]
@@ -170,7 +169,7 @@ def main(argv=None):
         for model in models:
             model.tokenizer.encode(prompt)
         for module, model in zip(modules, models, strict=True):
-            frames = takes[module.name] = [Frame(prompt, 0.0, 0, 0, 0)]
+            frames = takes[module.name] = [Frame(prompt, 0.0, 0, 0, 0, False)]
             torch.manual_seed(args.seed)
             texts = module.generate(model, prompt, length, args.temp)
             record(frames, texts, length + prompt.count("_"), module.name)
@@ -181,7 +180,7 @@ def main(argv=None):
                     time.sleep(1 / args.fps)
                 time.sleep(1)  # to look at the end
     except ValueError as error:
-        parser.error(error)
+        parser.exit(2, f"visualize.py: {error}\n")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -200,6 +200,11 @@ def content(pane):
     return [row[2:] for row in pane[HEADER:]]
 
 
+def is_second_look(before, text):
+    """Whether a pass of diffusion found no hole, and left no more text than there was."""
+    return len(before) == len(text) and "_" not in before
+
+
 def inked(text):
     return "".join(text.split()).replace("_", "░")
 
@@ -253,7 +258,7 @@ def test_each_frame_is_one_pass_of_each_and_shows_its_text(compared):
 
 @needs_terminal
 def test_each_header_counts_passes_and_characters_and_says_when_its_model_is_done(compared):
-    seconds = dict.fromkeys(compared.texts, 0.0)
+    seconds, looks = dict.fromkeys(compared.texts, 0.0), dict.fromkeys(compared.texts, 0)
     for i, rows in enumerate(screens(compared.output, 120, 50), 1):
         panes = zip(halves(rows, 120), compared.texts.items(), strict=True)
         for pane, (name, texts) in panes:
@@ -265,10 +270,13 @@ def test_each_header_counts_passes_and_characters_and_says_when_its_model_is_don
             assert f" {chars} chars " in head
             assert f" {chars / passes:.2f} per pass " in head
             block = 2 if len(text) > len(PROMPT) + BLOCK else 1
-            status = f"{name}  block {block} of 2 " if i <= len(texts) else f"{name}  done "
-            assert head.startswith(status)
+            status = f"{name}  block {block} of 2" if i <= len(texts) else f"{name}  done "
+            look = i > 1 and len(texts[i - 2 : i]) == 2 and is_second_look(*texts[i - 2 : i])
+            assert head.startswith(status) and (", second look " in head) is look
+            looks[name] += look
             before, seconds[name] = seconds[name], float(re.search(r"(\d+\.\d) s", head)[1])
             assert seconds[name] >= before
+    assert looks == {"diffusion": 2 * 8, "gpt": 0}
 
 
 @needs_terminal
@@ -277,9 +285,9 @@ def test_four_states_differ_without_colour(compared):
         for pane, texts in zip(halves(rows, 120), compared.texts.values(), strict=True):
             cells = [cell for row in content(pane) for cell in row]
             text = texts[min(i, len(texts) - 1)]
-            before = texts[i - 1] if i else PROMPT
-            before = (text if i >= len(texts) else before).ljust(len(text), "_")
-            new = [now for now, was in zip(text, before, strict=True) if now != was]
+            before = text if i >= len(texts) else [PROMPT, *texts][i]
+            before = before.ljust(len(text), "_")
+            new = [now for now, was in zip(text, before, strict=True) if now != was and now != "_"]
             reverse = [cell.data for cell in cells if cell.reverse]
             assert sorted(reverse) == sorted("".join(new).replace("\n", " "))
             assert sum(cell.bold for cell in cells) == len(PROMPT)
@@ -288,14 +296,16 @@ def test_four_states_differ_without_colour(compared):
 
 @needs_terminal
 def test_nothing_moves_but_by_scrolling(compared):
-    """A character keeps its cell from the pass that wrote it: the screen holds the whole text."""
-    *every, last = (
-        [string(row) for half in halves(rows, 120) for row in content(half)]
-        for rows in screens(compared.output, 120, 50)
-    )
-    for frame in every:
-        for row, final in zip(frame, last, strict=True):
-            assert all(c in (end, "░", " ") for c, end in zip(row, final, strict=True))
+    """The rows are those of the final text from the first frame on: the screen holds all of it.
+    What a second look changes stays in its cell, which is blank where it was a newline."""
+    *every, _ = screens(compared.output, 120, 50)
+    for half, texts in enumerate(compared.texts.values()):
+        width = len(halves(every[0], 120)[0][0]) - 3  # what show() leaves between the two
+        spans = visualize.layout(texts[-1], width - 2)
+        for i, rows in enumerate(every):
+            text = texts[min(i, len(texts) - 1)].replace("\n", " ").replace("_", "░")
+            for (start, end), row in zip(spans, content(halves(rows, 120)[half]), strict=False):
+                assert string(row).rstrip() == text[start:end].rstrip()
 
 
 @needs_terminal
@@ -411,8 +421,9 @@ def test_a_pipe_gets_the_texts_alone(toys, tmp_path):
 # ---- in this process: sizes, layout, blocks, bad input -----------------------------------------
 def take(*texts):
     """The frames of a recording of texts; the first is the prompt."""
-    frames = [visualize.Frame(texts[0], 0.0, 0, 0, 0)]
-    visualize.record(frames, iter(texts[1:]), len(texts[-1]), "toy")
+    frames = [visualize.Frame(texts[0], 0.0, 0, 0, 0, False)]
+    total = len(texts[-1]) - visualize.known(texts[0])
+    visualize.record(frames, iter(texts[1:]), total, "toy")
     return frames
 
 
@@ -466,7 +477,7 @@ def test_wide_characters_take_two_cells(monkeypatch, capfd):
     for i in (1, 2):
         rows = shown(takes, i, 31, 20, monkeypatch, capfd)
         assert fits(rows, 31, 20)
-        text = "".join(string(row) for row in rows[HEADER + 1 :])  # the figures take two rows
+        text = "".join(string(row) for row in rows[HEADER + 4 :])  # each figure takes a row
         assert inked(text.replace("│", "")) == inked(takes["diffusion"][i].text)
 
 
@@ -505,19 +516,27 @@ def test_what_is_written_and_the_end_of_a_block_that_fits_are_in_view(size, monk
 def test_blocks_are_those_of_the_sampler(prompt, length, toy_modules):
     """Numbered and bounded as the windows that the generator itself holds in its local names."""
     model = diffusion.load(diffusion.weights_path)
-    texts, windows = diffusion.generate.__wrapped__(model, prompt, length), []
+    texts, windows, looks = diffusion.generate.__wrapped__(model, prompt, length), [], []
 
     def watched():
+        holes = True
         for text in texts:
-            windows.append((texts.gi_frame.f_locals["start"], texts.gi_frame.f_locals["end"]))
+            names = texts.gi_frame.f_locals
+            window = names["start"], names["end"]
+            looks.append(window in windows[-1:] and not holes)
+            holes = (names["block"] == names["mask"]).any().item()
+            windows.append(window)
             yield text
 
-    frames = [visualize.Frame(prompt, 0.0, 0, 0, 0)]
-    visualize.record(frames, watched(), 1, "toy")
+    frames = [visualize.Frame(prompt, 0.0, 0, 0, 0, False)]
+    visualize.record(frames, watched(), length + prompt.count("_"), "toy")
     numbers = {window: n for n, window in enumerate(dict.fromkeys(windows), 1)}
     assert [frame.block for frame in frames[1:]] == [numbers[window] for window in windows]
     assert [frame.end for frame in frames[1:]] == [end for _, end in windows]
-    assert all(max(0, f.start - CONTEXT) == w[0] for f, w in zip(frames[1:], windows, strict=True))
+    latest = len(prompt) + length - TOY["block_size"]  # where a window can begin
+    for frame, (start, _) in zip(frames[1:], windows, strict=True):
+        assert max(0, min(frame.start - CONTEXT, latest)) == start
+    assert [frame.anew for frame in frames[1:]] == looks and any(looks)
 
 
 def test_the_same_seed_starts_each_model(toy_modules, capfd):
@@ -574,8 +593,9 @@ def test_bad_input_is_one_line_and_nothing_is_generated(args, says, toy_modules,
     with pytest.raises(SystemExit) as ended:
         visualize.main(args)
     out, err = capfd.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
-    assert says in err
+    *usage, line = err.splitlines()
+    assert (ended.value.code, out) == (2, "") and says in line
+    assert usage in ([], ["usage: visualize.py [options]"])
 
 
 @pytest.mark.parametrize("missing", [diffusion, gpt])
