@@ -158,8 +158,7 @@ def draw(logits, temp):
 
 def most_certain(logits, holes, spacing):  # [3]
     """Which holes (B, T), bool, to fill by logits (B, T, V): the most certain, then the most
-    certain at least spacing from it, and so on until none is free. This is non-maximum suppression,
-    and takes all local maxima of what is free at once, the left one of equals."""
+    certain at least spacing from it, and so on: non-maximum suppression; of equals the left one."""
     certainty = logits.softmax(-1).amax(-1)  # (B, T)
     places = torch.arange(holes.size(1), device=holes.device)
     reach = min(spacing, holes.size(1)) - 1
@@ -189,7 +188,8 @@ def generate(model, prompt=None, length=2000, temp=0.8, spacing=spacing):  # [3]
     ids, mask = model.tokenizer.encode(text + "_" * length), model.tokenizer.mask  # [3]
     while (ids == mask).any():
         first = (ids == mask).nonzero()[0].item()
-        start = max(0, min(first - context, len(ids) - block_size))
+        in_view = context if first > len(text) else block_size // 2  # more of what the user gave
+        start = max(0, min(first - in_view, len(ids) - block_size))
         end = start + block_size
         block = ids[start:end]  # a view: to write here is to write in ids
         written = block == mask

@@ -42,7 +42,9 @@ def record(frames, texts, total, name):
             before = frames[-1].text
             if text[end:] != before[end:]:
                 block, start = block + 1, f"{before}_".index("_")
-                end = max(0, min(start - diffusion.context, length - diffusion.block_size))
+                given = start <= len(frames[0].text)
+                in_view = diffusion.block_size // 2 if given else diffusion.context
+                end = max(0, min(start - in_view, length - diffusion.block_size))
                 end += diffusion.block_size
             anew = len(before) >= min(end, length) and "_" not in before[start:end]
             frames.append(Frame(text, time.perf_counter() - begin, block, start, end, anew))

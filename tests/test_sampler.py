@@ -238,7 +238,8 @@ def test_holes_past_the_end_pad_and_nothing_else(filled):
 
 @pytest.mark.parametrize("given, length", [(3, 600), (100, 150), (250, 300), (400, 30), (20, 0)])
 def test_a_window_sees_the_context_and_more_where_the_text_ends(given, length):
-    """It begins context characters before the first hole, or further left to see a full window."""
+    """It begins context characters before the first hole, half a window before one that stands in
+    or right behind the prompt, or further left to see a full window."""
     model, shown = random_model(diffusion), []
     model.register_forward_hook(lambda _, args, out: shown.append(args[0][0].clone()))
     prompt = "".join(CHARS[i] for i in torch.randint(26, (given,)))
@@ -246,7 +247,8 @@ def test_a_window_sees_the_context_and_more_where_the_text_ends(given, length):
     ids, first, windows = model.tokenizer.encode(text), given, shown[::9]
     assert len(shown) == 9 * len(windows)  # one pass of draft and eight of second look
     for window in windows:
-        start = max(0, min(first - diffusion.context, len(ids) - 256))
+        in_view = diffusion.context if first > given else 128
+        start = max(0, min(first - in_view, len(ids) - 256))
         assert torch.equal(window[: first - start], ids[start:first])
         assert (window[first - start :] == model.tokenizer.mask).all()
         first = min(start + 256, len(ids))
