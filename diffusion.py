@@ -26,11 +26,11 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-context = 16  # [3] characters before the holes of a block that the model sees at least
+context = 16  # [3] characters in view, at least, before the first hole of a block
 spacing = 8  # [3] least distance between characters filled in one pass
-dropout = 0.0  # [4] hiding is noise enough: no text is ever seen twice in the same way,
+dropout, weight_decay = 0.0, 0.1  # [4] hiding is noise enough: no two epochs are alike,
 max_iters = 10000  # [4] and so it goes on learning for longer
-learning_rate, weight_decay = 0.005, 0.1
+learning_rate = 0.005
 warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
@@ -219,7 +219,7 @@ def loss_fn(model, batch):
     inputs = hide(targets, model.tokenizer.mask)  # [4]
     nats = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")
     hidden = inputs == model.tokenizer.mask  # [5]
-    return (nats * hidden).sum(1) / hidden.sum(1)  # [5]
+    return (nats * hidden).sum(1) / hidden.sum(1)  # [5] 1/t weight (MDLM, LLaDA): an upper bound
 
 
 @torch.no_grad()

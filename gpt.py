@@ -20,9 +20,9 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-dropout = 0.2  # [4] a GPT meets the same questions in every epoch, and begins to memorise
-max_iters = 600  # [4] before that
-learning_rate, weight_decay = 0.005, 0.1
+dropout, weight_decay = 0.35, 0.6  # [4] against memorising: each epoch asks the same questions
+max_iters = 1600  # [4] and soon there is no more to learn from them
+learning_rate = 0.005
 warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")

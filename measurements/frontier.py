@@ -238,7 +238,7 @@ def measure_rules(model, train, text, n, sampled, *only):
     """Exact nats of drafts, and known words in drafts at temperature 0.8."""
     windows = spread(model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240), n)
     some, vocabulary, single = spread(windows, sampled), set(words(train)), None
-    row("rule,parameter,windows,nats,error,more,error,passes,samples,known words,error")
+    row("rule,parameter,windows,nats,nats error,more,more error,passes,samples,known words,error")
     for name, (rule, parameters) in rules.items():
         for parameter in parameters:
             if single is not None and only and name not in only:

@@ -74,6 +74,7 @@ def test_cached_logits_equal_uncached_ones(given):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about the processor")
 def test_a_processor_without_bfloat16_writes_in_float32(script, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # as ROCm without a GPU
     original = random_model(script)
     model = script.load(checkpoint(original, tmp_path / "weights.pt"))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
