@@ -3,7 +3,7 @@
     python measurements/frontier.py rules 464 32 "most certain"  # diffusion.py's rule, all windows
     python measurements/frontier.py rules 32 32                  # every rule
     python measurements/frontier.py looks 96                     # second looks and temperatures
-    python measurements/frontier.py contexts 12                  # how much of the text is in view
+    python measurements/frontier.py contexts 6                   # how much of the text is in view
     python measurements/frontier.py samples 24                   # both scripts as they are
     uv run --with matplotlib measurements/frontier.py plot       # frontier.csv -> frontier.svg
 
@@ -116,7 +116,16 @@ def exact(model, windows, parameter, given=given):
 
 
 @torch.no_grad()
-def sample(model, windows, parameter, temp, looks=0, stride=8, look_temp=None, keep=None):
+def sample(
+    model,
+    windows,
+    parameter=diffusion.spacing,
+    temp=0.8,
+    looks=1,
+    stride=8,
+    look_temp=None,
+    keep=None,
+):
     """windows (N, T), all but the given characters written anew: ids (N, T) and passes.
 
     looks is the number of second looks, at look_temp; keep takes logits to those to draw from.
@@ -248,7 +257,9 @@ def measure_rules(model, train, text, n, sampled, *only):
             nats, passes = map(torch.cat, zip(*parts, strict=True))
             single = nats if single is None else single
             torch.manual_seed(0)
-            texts = map(model.tokenizer.decode, sample(model, some, parameter, 0.8)[0][:, given:])
+            texts = map(
+                model.tokenizer.decode, sample(model, some, parameter, looks=0)[0][:, given:]
+            )
             known = [share([word in vocabulary for word in words(t)]) for t in texts]
             cells = mean_error(nats) + mean_error(nats - single) + (f"{passes.mean():.1f}",)
             row(name, parameter, n, *cells, sampled, *mean_error(known))
@@ -256,58 +267,53 @@ def measure_rules(model, train, text, n, sampled, *only):
     row("gpt", "", n, *mean_error(nats), *mean_error(nats - single), 240, "", "", "")
 
 
-looks = {  # the arguments of sample
-    "draft alone": {},
-    "draft alone at 0.7": {"temp": 0.7},
-    "draft alone at 0.6": {"temp": 0.6},
-    "second look": {"looks": 1},
+looks = {  # the arguments of sample, where they are not those of diffusion.py
+    "draft alone": {"looks": 0},
+    "draft alone at 0.7": {"looks": 0, "temp": 0.7},
+    "draft and second look": {},
+    "spacing 6": {"parameter": 6},
+    "spacing 5, stride 6": {"parameter": 5, "stride": 6},
     "two second looks": {"looks": 2},
-    "second look, stride 4": {"looks": 1, "stride": 4},
-    "second look, stride 6": {"looks": 1, "stride": 6},
-    "second look, stride 12": {"looks": 1, "stride": 12},
-    "draft at 1, second look at 0.8": {"temp": 1, "look_temp": 0.8, "looks": 1},
-    "draft at 1, second look at 0.7": {"temp": 1, "look_temp": 0.7, "looks": 1},
-    "draft at 0.8, second look at 0.6": {"look_temp": 0.6, "looks": 1},
-    "draft at 1, second look at 1": {"temp": 1, "looks": 1},
-    "top 2": {"temp": 1, "keep": top(2), "looks": 1},
-    "top 3": {"temp": 1, "keep": top(3), "looks": 1},
-    "top 5": {"temp": 1, "keep": top(5), "looks": 1},
-    "a tenth of the top": {"temp": 1, "keep": floor(0.1), "looks": 1},
-    "a twentieth of the top": {"temp": 1, "keep": floor(0.05), "looks": 1},
+    "draft at 1, second look at 0.8": {"temp": 1, "look_temp": 0.8},
+    "draft at 1, second look at 0.6": {"temp": 1, "look_temp": 0.6},
+    "draft at 1, two second looks at 0.7": {"temp": 1, "look_temp": 0.7, "looks": 2},
+    "at 1, of the top 3": {"temp": 1, "keep": top(3)},
+    "at 1, above a twentieth of the top": {"temp": 1, "keep": floor(0.05)},
 }
 
 
 def measure_looks(model, train, text, n):
     """Both sides of n windows behind given characters of the training text."""
     windows = spread(model.tokenizer.encode(train).unfold(0, diffusion.block_size, 240), n)
-    row("how,spacing,windows,passes,known words,error,distinct words,copied runs,reverse")
+    row("how,windows,passes,known words,error,distinct words,copied runs,reverse")
     decode = model.tokenizer.decode
     texts = [decode(ids[given:]) for ids in windows]
-    row("training text", "", n, "", *judge(texts, train, text))
+    row("training text", n, "", *judge(texts, train, text))
+    torch.manual_seed(0)
+    causal, length = gpt.load(gpt.weights_path), diffusion.block_size - given
+    prompts = [decode(ids[:given]) for ids in windows]
+    texts = [list(gpt.generate(causal, prompt, length))[-1][given:] for prompt in prompts]
+    row("gpt.py", n, length, *judge(texts, train, text))
     for name, how in looks.items():
-        for spacing in (8, 6, 5):
-            torch.manual_seed(0)
-            ids, passes = sample(model, windows, spacing, **{"temp": 0.8} | how)
-            texts = [decode(written) for written in ids[:, given:]]
-            row(name, spacing, n, passes, *judge(texts, train, text))
+        torch.manual_seed(0)
+        ids, passes = sample(model, windows, **how)
+        row(name, n, passes, *judge([decode(i) for i in ids[:, given:]], train, text))
 
 
 def measure_contexts(model, train, text, n):
-    """The same characters, n stretches of 1,920, drafted in blocks behind 16 to 128 given ones."""
-    ids = model.tokenizer.encode(text)
-    starts = torch.linspace(192, len(ids) - 1920, int(n)).long().tolist()
-    row("context,spacing,stretches,nats,error,more than 16,error,passes per 240")
-    for spacing in (8, 6):
-        narrow = None
-        for context in (16, 32, 64, 96, 128):
-            width = 256 - context
-            blocks = [ids[s - context : s + 1920].unfold(0, 256, width) for s in starts]
-            counts = [len(b) for b in blocks]
-            nats, passes = exact(model, torch.cat(blocks), spacing, context)
-            nats = torch.stack([part.mean() for part in nats.split(counts)])
-            narrow = nats if narrow is None else narrow
-            cells = mean_error(nats) + mean_error(nats - narrow)
-            row(context, spacing, n, *cells, f"{passes.mean() * 240 / width:.1f}")
+    """The same characters, n stretches of 6,720, drafted in blocks behind 16 to 96 given ones."""
+    ids, narrow = model.tokenizer.encode(text), None
+    starts = torch.linspace(96, len(ids) - 6720, int(n)).long().tolist()
+    row("context,stretches,nats,error,more than 16,error,passes per 240")
+    for context in (16, 32, 64, 96):
+        width = 256 - context  # 6,720 is a multiple of each
+        blocks = torch.cat([ids[s - context : s + 6720].unfold(0, 256, width) for s in starts])
+        parts = [exact(model, part, diffusion.spacing, context) for part in blocks.split(60)]
+        nats, passes = map(torch.cat, zip(*parts, strict=True))
+        nats = nats.view(len(starts), -1).mean(1)
+        narrow = nats if narrow is None else narrow
+        cells = mean_error(nats) + mean_error(nats - narrow)
+        row(context, n, *cells, f"{passes.mean() * 240 / width:.1f}")
 
 
 def measure_samples(_, train, text, n):
@@ -318,7 +324,7 @@ def measure_samples(_, train, text, n):
     row("training text", "", len(texts), "", *judge(texts, train, text))
     for script in (diffusion, gpt):
         model = script.load(script.weights_path)
-        for temp in (0.8, 0.7, 0.6, 0.9, 1.0):
+        for temp in (0.8, 1.0, 0.6):
             torch.manual_seed(0)
             runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
             passes = sum(map(len, runs)) / len(runs) * 240 / size

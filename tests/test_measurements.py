@@ -155,7 +155,7 @@ def test_a_second_look_rewrites_every_comb_once():
 
     seen = []
     windows = torch.zeros(2, 60, dtype=torch.long)
-    ids, passes = frontier.sample(Next(), windows, 60, 0, looks=2, stride=8)
+    ids, passes = frontier.sample(Next(), windows, 60, temp=0, looks=2)
     assert passes == len(seen) == 44 + 16 and (ids[:, 16:] == 5).all() and (ids[:, :16] == 0).all()
     hidden = torch.stack(seen[44:])[:, 0]
     assert (hidden.sum(0)[16:] == 2).all() and not hidden[:, :16].any()
