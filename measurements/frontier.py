@@ -227,8 +227,8 @@ def judge(texts, train, text):
 
 
 # ---- measurements ------------------------------------------------------------------------------
-def row(*cells):
-    print(*cells, sep=",", flush=True)
+def row(*cells, end="\n"):
+    print(*cells, sep=",", end=end, flush=True)
 
 
 def spread(windows, n):
@@ -317,18 +317,23 @@ def measure_contexts(model, train, text, n):
 
 
 def measure_samples(_, train, text, n):
-    """Both scripts as they are, n texts of 2,000 characters each at some temperatures."""
-    row("script,temperature,samples,passes,known words,error,distinct words,copied runs,reverse")
+    """Both scripts as they are, n texts of 2,000 characters at some temperatures. Least: the share
+    of distinct words in the text that has the least; one that ran into a loop would show."""
+    row("script,temperature,samples,passes,known words,error", end=",")
+    row("distinct words,copied runs,reverse,least")
     size = 2000
     texts = [train[i : i + size] for i in range(0, len(train) - size, len(train) // int(n))]
     row("training text", "", len(texts), "", *judge(texts, train, text))
-    for script in (diffusion, gpt):
-        model = script.load(script.weights_path)
-        for temp in (0.8, 1.0, 0.6):
+    models = {script: script.load(script.weights_path) for script in (diffusion, gpt)}
+    for temp in (0.8, 1.0, 0.6):
+        for script, model in models.items():
             torch.manual_seed(0)
             runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
             passes = sum(map(len, runs)) / len(runs) * 240 / size
-            row(script.name, temp, n, f"{passes:.1f}", *judge([r[-1] for r in runs], train, text))
+            written = [texts[-1] for texts in runs]
+            least = min(len(set(words(t))) / len(words(t)) for t in written)
+            figures = judge(written, train, text)
+            row(script.name, temp, n, f"{passes:.1f}", *figures, f"{least:.4f}")
 
 
 def plot():
@@ -337,41 +342,40 @@ def plot():
 
     rows = list(csv.DictReader(here.with_suffix(".csv").open()))
     for r in rows:
-        r.update({key: float(r[key]) for key in ("windows", "nats", "error", "passes")})
+        r.update({key: float(r[key]) for key in ("windows", "more", "more error", "passes")})
     most = max(r["windows"] for r in rows)
     grey, blue, orange = "#808080", "#2f81f7", "#e8710a"
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 10})
-    figure, axes = plt.subplots(figsize=(8, 4))
-    for rule, label, marker in (
-        ("local maximum", "local maxima only", "o-"),
-        ("segments", "segments side by side", "^-"),
-        ("left to right", "left to right", "X"),
-        ("top probability", "a threshold of certainty", "v-"),
-        ("entropy-bounded", "a budget of entropy", "D-"),
-    ):
-        points = [(r["passes"], r["nats"]) for r in rows if r["rule"] == rule]
-        axes.plot(*zip(*points, strict=True), marker, color=grey, markersize=4, lw=1)
-        at = max(points, key=lambda point: point[1])
-        axes.annotate(label, at, (6, 4), textcoords="offset points", color=grey, fontsize=9)
-    curve = [r for r in rows if r["rule"] == "most certain" and r["windows"] == most]
-    x, y, error = ([r[key] for r in curve] for key in ("passes", "nats", "error"))
-    axes.errorbar(x, y, error, color=blue, marker="o", capsize=2, zorder=3)
-    for r in curve:
-        at = r["passes"], r["nats"] - r["error"]
-        axes.annotate(
-            r["parameter"], at, (0, -11), textcoords="offset points", color=blue, ha="center"
-        )
-    (point,) = (r for r in rows if r["rule"] == "gpt" and r["windows"] == most)
-    axes.errorbar(
-        point["passes"], point["nats"], point["error"], color=orange, marker="s", capsize=2
-    )
-    at = point["passes"], point["nats"]
-    axes.annotate("GPT", at, (-8, -4), textcoords="offset points", color=orange, ha="right")
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+
+    def curve(rule, windows, **style):
+        points = [r for r in rows if r["rule"] == rule and r["windows"] == windows]
+        values = ([r[key] for r in points] for key in ("passes", "more", "more error"))
+        axes.errorbar(*values, capsize=2, markersize=4, lw=1, **style)
+        return [(r["parameter"], (r["passes"], r["more"])) for r in points]
+
+    def label(text, at, offset, color):
+        axes.annotate(text, at, offset, textcoords="offset points", color=color, fontsize=9)
+
+    points = curve("local maximum", most, color=grey, marker="o")
+    label("local maxima only", points[-1][1], (8, -2), grey)
+    points = curve("segments", 32, color=grey, marker="^")
+    label("segments", points[0][1], (0, -14), grey)
+    points = curve("entropy-bounded", 32, color=grey, marker="D")
+    label("a budget of entropy", points[0][1], (-104, 2), grey)
+    points = curve("top probability", 32, color=grey, marker="v")
+    label("a threshold", points[0][1], (-62, 4), grey)
+    points = curve("most certain", most, color=blue, marker="o", zorder=3)
+    for parameter, at in points:
+        label(parameter, at, (-4, -14), blue)
+    label("diffusion.py, by spacing", points[0][1], (-210, 16), blue)
+    ((_, at),) = curve("gpt", most, color=orange, marker="s")
+    label("gpt.py", at, (-40, -3), orange)
     axes.set_xscale("log")
     axes.set_xticks([5, 8, 15, 30, 60, 120, 240], ["5", "8", "15", "30", "60", "120", "240"])
     axes.xaxis.set_minor_locator(plt.NullLocator())
     axes.set_xlabel("forward passes per 240 characters", color=grey)
-    axes.set_ylabel("exact nats per character", color=grey)
+    axes.set_ylabel("nats more than one per pass", color=grey)
     axes.tick_params(colors=grey)
     axes.grid(color=grey, alpha=0.25)
     axes.spines[:].set_color(grey)
