@@ -317,23 +317,35 @@ def measure_contexts(model, train, text, n):
 
 
 def measure_samples(_, train, text, n):
-    """Both scripts as they are, n texts of 2,000 characters at some temperatures. Least: the share
-    of distinct words in the text that has the least; one that ran into a loop would show."""
-    row("script,temperature,samples,passes,known words,error", end=",")
-    row("distinct words,copied runs,reverse,least")
-    size = 2000
-    texts = [train[i : i + size] for i in range(0, len(train) - size, len(train) // int(n))]
-    row("training text", "", len(texts), "", *judge(texts, train, text))
+    """Both scripts as they are: n texts of 2,000 characters from the default prompt by each of three
+    seeds; errors are over seeds. Least is the share of distinct words in the text with the least: one
+    that ran into a loop would show."""
+    row("script,temperature,seeds,texts,passes,known words,error", end=",")
+    row("distinct words,error,copied runs,error,reverse,error,least")
+    size, length = 2000, 2000 * int(n)
+    starts = [len(train) * seed // 3 for seed in range(3)]
+    real = [[train[s + i : s + i + size] for i in range(0, length, size)] for s in starts]
+    figures = [[float(figure) for figure in judge(texts, train, text)] for texts in real]
+    row("training text", "", 3, n, "", *over_seeds(figures), "")
     models = {script: script.load(script.weights_path) for script in (diffusion, gpt)}
     for temp in (0.8, 1.0, 0.6):
         for script, model in models.items():
-            torch.manual_seed(0)
-            runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
-            passes = sum(map(len, runs)) / len(runs) * 240 / size
-            written = [texts[-1] for texts in runs]
-            least = min(len(set(words(t))) / len(words(t)) for t in written)
-            figures = judge(written, train, text)
-            row(script.name, temp, n, f"{passes:.1f}", *figures, f"{least:.4f}")
+            figures, passes, least = [], [], []
+            for seed in range(3):
+                torch.manual_seed(seed)
+                runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
+                written = [texts[-1] for texts in runs]
+                figures.append([float(figure) for figure in judge(written, train, text)])
+                passes += [len(texts) * 240 / size for texts in runs]
+                least += [len(set(words(t))) / len(words(t)) for t in written]
+            cells = over_seeds(figures)
+            row(script.name, temp, 3, n, f"{sum(passes) / len(passes):.1f}", *cells, min(least))
+
+
+def over_seeds(figures):
+    """What judge says of each seed -> mean and standard error of each figure."""
+    known, _, distinct, copied, reverse = zip(*figures, strict=True)
+    return [c for figure in (known, distinct, copied, reverse) for c in mean_error(figure)]
 
 
 def plot():
