@@ -4,11 +4,12 @@
     python measurements/frontier.py rules 32 32                  # every rule
     python measurements/frontier.py looks 96                     # second looks and temperatures
     python measurements/frontier.py contexts 6                   # how much of the text is in view
-    python measurements/frontier.py samples 24                   # both scripts as they are
+    python measurements/frontier.py samples 12                   # both scripts as they are
     uv run --with matplotlib measurements/frontier.py plot       # frontier.csv -> frontier.svg
 
 Each but the last prints CSV, after minutes to an hour on a CPU; frontier.csv is made of it. A rule
-takes the place of diffusion.most_certain. Windows are 256 characters, 16 given and 240 written.
+takes the place of diffusion.most_certain. Windows are 256 characters, 16 given and 240 written. In
+frontier.csv the rows of 32 windows are of earlier weights (commit 01d98fe).
 """
 
 import csv
@@ -317,9 +318,9 @@ def measure_contexts(model, train, text, n):
 
 
 def measure_samples(_, train, text, n):
-    """Both scripts as they are: n texts of 2,000 characters from the default prompt by each of three
-    seeds; errors are over seeds. Least is the share of distinct words in the text with the least: one
-    that ran into a loop would show."""
+    """Both scripts as they are: n texts of 2,000 characters from the default prompt by each of
+    three seeds; errors are over seeds. Least is the share of distinct words in the text with the
+    least: one that ran into a loop would show."""
     row("script,temperature,seeds,texts,passes,known words,error", end=",")
     row("distinct words,error,copied runs,error,reverse,error,least")
     size, length = 2000, 2000 * int(n)
