@@ -95,9 +95,9 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
 
     def forward(self, x, rope):  # [2]
         B, T, _ = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(norm(qkv[:2]), rope)  # each (B, n_head, T, D)
+        v = qkv[2]
         # [2] no cache: each character that is written changes the keys and values of all others
         y = F.scaled_dot_product_attention(q, k, v, is_causal=False)  # [2]
         x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout, self.training)

@@ -86,9 +86,9 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
 
     def forward(self, x, rope, cache, start):  # [2]
         B, T, _ = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        qkv = self.qkv(norm(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(norm(qkv[:2]), rope)  # each (B, n_head, T, D)
+        v = qkv[2]
         if cache is not None:  # [2] the keys and values of what was read before stay as they are
             cache[..., start : start + T, :] = torch.stack((k, v))
             k, v = cache[..., : start + T, :]
