@@ -273,13 +273,13 @@ looks = {  # the arguments of sample, where they are not those of diffusion.py
     "draft alone at 0.7": {"looks": 0, "temp": 0.7},
     "draft and second look": {},
     "spacing 6": {"parameter": 6},
-    "spacing 5, stride 6": {"parameter": 5, "stride": 6},
+    "spacing 5 and stride 6": {"parameter": 5, "stride": 6},
     "two second looks": {"looks": 2},
-    "draft at 1, second look at 0.8": {"temp": 1, "look_temp": 0.8},
-    "draft at 1, second look at 0.6": {"temp": 1, "look_temp": 0.6},
-    "draft at 1, two second looks at 0.7": {"temp": 1, "look_temp": 0.7, "looks": 2},
-    "at 1, of the top 3": {"temp": 1, "keep": top(3)},
-    "at 1, above a twentieth of the top": {"temp": 1, "keep": floor(0.05)},
+    "draft at 1 and second look at 0.8": {"temp": 1, "look_temp": 0.8},
+    "draft at 1 and second look at 0.6": {"temp": 1, "look_temp": 0.6},
+    "draft at 1 and two second looks at 0.7": {"temp": 1, "look_temp": 0.7, "looks": 2},
+    "at 1 among the top 3": {"temp": 1, "keep": top(3)},
+    "at 1 above a twentieth of the top": {"temp": 1, "keep": floor(0.05)},
 }
 
 
