@@ -323,9 +323,9 @@ def measure_samples(_, train, text, n):
     least: one that ran into a loop would show."""
     row("script,temperature,seeds,texts,passes,known words,error", end=",")
     row("distinct words,error,copied runs,error,reverse,error,least")
-    size, length = 2000, 2000 * int(n)
-    starts = [len(train) * seed // 3 for seed in range(3)]
-    real = [[train[s + i : s + i + size] for i in range(0, length, size)] for s in starts]
+    size, texts = 2000, 3 * int(n)
+    stretches = [train[i * len(train) // texts :][:size] for i in range(texts)]
+    real = [stretches[seed::3] for seed in range(3)]  # from all over the text
     figures = [[float(figure) for figure in judge(texts, train, text)] for texts in real]
     row("training text", "", 3, n, "", *over_seeds(figures), "")
     models = {script: script.load(script.weights_path) for script in (diffusion, gpt)}
