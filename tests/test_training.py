@@ -171,8 +171,8 @@ def test_the_command_line_sets_iterations_and_batch(script, toy, monkeypatch):
 def scripted(script, toy, monkeypatch):
     """Training whose validation scores are set beforehand; keeps what each of them would score."""
     data, weights = toy
-    monkeypatch.setattr(script, "max_iters", 6)
-    monkeypatch.setattr(script, "eval_interval", 2)
+    for key, value in {"max_iters": 6, "eval_interval": 2, "batch_size": 4}.items():
+        monkeypatch.setattr(script, key, value)
     states = []
 
     def run(*scores, args=()):
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(script, scripted, monk
     whole = content(weights)
     weights.unlink()
     with pytest.raises(SystemExit):
-        run(3.0, 2.0, KeyboardInterrupt, args=["--iters", "6", "--batch", "32"])
+        run(3.0, 2.0, KeyboardInterrupt, args=["--iters", "6", "--batch", "4"])
     assert {path.name for path in weights.parent.iterdir()} == {"weights.pt", "weights.resume"}
     monkeypatch.setattr(script, "max_iters", 100)
     monkeypatch.setattr(script, "batch_size", 1)
