@@ -13,6 +13,7 @@ frontier.csv the rows of 32 windows are of earlier weights (commit 01d98fe).
 """
 
 import csv
+import functools
 import math
 import re
 import sys
@@ -32,30 +33,31 @@ most_certain = diffusion.most_certain
 
 
 # ---- rules: logits (B, T, V), holes (B, T) bool, a parameter -> the holes (B, T) to fill ---------
-def certainty(logits, kind):
-    """(B, T): the higher, the more certain."""
-    if kind == "entropy":
-        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+def margin(logits):
     first, second = logits.softmax(-1).topk(2, -1).values.unbind(-1)
-    return first - second if kind == "margin" else first
+    return first - second
 
 
-def suppress(kind, rounds=math.inf):
-    """Non-maximum suppression of a kind of certainty; one round of it takes local maxima only."""
+def entropy(logits):
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
+def most_certain_by(certainty):
+    """diffusion.py's rule by another certainty, logits (B, T, V) -> (B, T) from 0.5 to 1, which it
+    is shown as the top probability of two outcomes."""
 
     def rule(logits, holes, spacing):
-        score, free = certainty(logits, kind), holes
-        place, reach, done = torch.arange(holes.size(1)), min(spacing, holes.size(1)) - 1, 0
-        chosen = torch.zeros_like(holes)
-        while free.any() and done < rounds:
-            rivals = score.masked_fill(~free, -math.inf)
-            _, best = F.max_pool1d(rivals, 2 * reach + 1, 1, reach, return_indices=True)
-            chosen = chosen | (free & (best == place))
-            free = free & (F.max_pool1d(chosen.float(), 2 * reach + 1, 1, reach) == 0)
-            done += 1
-        return chosen
+        p = certainty(logits)
+        return most_certain(torch.stack((p, 1 - p), -1).log(), holes, spacing)
 
     return rule
+
+
+def local_maximum(logits, holes, spacing):
+    """The holes more certain than all others less than spacing from them; of equals the left."""
+    rivals = logits.softmax(-1).amax(-1).masked_fill(~holes, -1)
+    _, best = F.max_pool1d(rivals, 2 * spacing - 1, 1, spacing - 1, return_indices=True)
+    return holes & (best == torch.arange(holes.size(1)))
 
 
 def segments(logits, holes, width):
@@ -70,7 +72,7 @@ def left_to_right(logits, holes, _):
 
 
 def top_probability(logits, holes, least):
-    sure = certainty(logits, "top probability") > least
+    sure = logits.softmax(-1).amax(-1) > least
     return holes & sure | most_certain(logits, holes, holes.size(1))
 
 
@@ -81,16 +83,22 @@ def top_two(logits, holes, least):
 
 def entropy_bounded(logits, holes, budget):
     """The most certain ones whose entropies but the largest sum to budget (arXiv 2505.24857)."""
-    entropy, order = (-certainty(logits, "entropy")).masked_fill(~holes, math.inf).sort(1)
-    within = entropy.cumsum(1) - entropy <= budget
+    uncertainty, order = entropy(logits).masked_fill(~holes, math.inf).sort(1)
+    within = uncertainty.cumsum(1) - uncertainty <= budget
     return holes & torch.zeros_like(holes).scatter(1, order, within)
 
 
 rules = {
     "most certain": (most_certain, (256, 12, 10, 8, 7, 6, 5)),
-    "most certain by margin": (suppress("margin"), (12, 10, 8, 7, 6, 5)),
-    "most certain by entropy": (suppress("entropy"), (8, 6)),
-    "local maximum": (suppress("top probability", 1), (8, 6, 4)),
+    "most certain by margin": (
+        most_certain_by(lambda logits: (1 + margin(logits)) / 2),
+        (12, 10, 8, 7, 6, 5),
+    ),
+    "most certain by entropy": (
+        most_certain_by(lambda logits: 1 - entropy(logits) / math.log(logits.size(-1)) / 2),
+        (8, 6),
+    ),
+    "local maximum": (local_maximum, (8, 6, 4)),
     "segments": (segments, (32, 16, 8)),
     "entropy-bounded": (entropy_bounded, (2, 0.5)),
     "top probability": (top_probability, (0.5, 0.9)),
@@ -114,6 +122,12 @@ def exact(model, windows, parameter, given=given):
         passes += holes.any(1)
         ids = torch.where(chosen, windows, ids)
     return nats / (windows.size(1) - given), passes
+
+
+def exact_of_all(model, windows, *args):
+    """exact, of many windows: a few at a time."""
+    parts = [exact(model, part, *args) for part in windows.split(58)]
+    return map(torch.cat, zip(*parts, strict=True))
 
 
 @torch.no_grad()
@@ -205,6 +219,18 @@ def words(text):
     return re.findall(r"[a-z']+", text.lower())[1:-1]
 
 
+@functools.cache
+def contents(train):
+    """The words of the training text, and its runs of 20 characters."""
+    return set(words(train)), {train[i : i + 20] for i in range(len(train) - 19)}
+
+
+def known_words(texts, train):
+    """The share of the words of each of texts that the training text has."""
+    vocabulary, _ = contents(train)
+    return [share([word in vocabulary for word in words(t)]) for t in texts]
+
+
 def share(truths):
     return sum(truths) / max(len(truths), 1)
 
@@ -212,23 +238,23 @@ def share(truths):
 def mean_error(x):
     """The mean of N numbers and its standard error."""
     x = torch.as_tensor(x, dtype=torch.float)
-    return f"{x.mean():.4f}", f"{x.std() / len(x) ** 0.5:.4f}" if len(x) > 1 else ""
+    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else ""
 
 
 def judge(texts, train, text):
     """Known words and error, distinct words, copied runs of 20 characters, and reverse: the nats a
     character of text by a 5-gram of texts. What is not English costs there, and what is never said.
     """
-    vocabulary, runs = set(words(train)), {train[i : i + 20] for i in range(len(train) - 19)}
-    known = mean_error([share([word in vocabulary for word in words(t)]) for t in texts])
+    _, runs = contents(train)
     said = [word for t in texts for word in words(t)]
     copied = share([t[i : i + 20] in runs for t in texts for i in range(len(t) - 19)])
-    figures = len(set(said)) / len(said), copied, KneserNey(texts).nats(text)
-    return *known, *(f"{figure:.4f}" for figure in figures)
+    known = mean_error(known_words(texts, train))
+    return *known, len(set(said)) / len(said), copied, KneserNey(texts).nats(text)
 
 
 # ---- measurements ------------------------------------------------------------------------------
 def row(*cells, end="\n"):
+    cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells]
     print(*cells, sep=",", end=end, flush=True)
 
 
@@ -247,23 +273,20 @@ def gpt_nats(model, windows):
 def measure_rules(model, train, text, n, sampled, *only):
     """Exact nats of drafts, and known words in drafts at temperature 0.8."""
     windows = spread(model.tokenizer.encode(text).unfold(0, diffusion.block_size, 240), n)
-    some, vocabulary, single = spread(windows, sampled), set(words(train)), None
+    some, single = spread(windows, sampled), None
     row("rule,parameter,windows,nats,nats error,more,more error,passes,samples,known words,error")
     for name, (rule, parameters) in rules.items():
         for parameter in parameters:
             if single is not None and only and name not in only:
                 continue
             diffusion.most_certain = rule
-            parts = [exact(model, part, parameter) for part in windows.split(58)]
-            nats, passes = map(torch.cat, zip(*parts, strict=True))
+            nats, passes = exact_of_all(model, windows, parameter)
             single = nats if single is None else single
             torch.manual_seed(0)
-            texts = map(
-                model.tokenizer.decode, sample(model, some, parameter, looks=0)[0][:, given:]
-            )
-            known = [share([word in vocabulary for word in words(t)]) for t in texts]
+            drafts, _ = sample(model, some, parameter, looks=0)
+            known = known_words(map(model.tokenizer.decode, drafts[:, given:]), train)
             cells = mean_error(nats) + mean_error(nats - single) + (f"{passes.mean():.1f}",)
-            row(name, parameter, n, *cells, sampled, *mean_error(known))
+            row(name, str(parameter), n, *cells, sampled, *mean_error(known))
     nats = gpt_nats(gpt.load(gpt.weights_path), windows)
     row("gpt", "", n, *mean_error(nats), *mean_error(nats - single), 240, "", "", "")
 
@@ -309,8 +332,7 @@ def measure_contexts(model, train, text, n):
     for context in (16, 32, 64, 96):
         width = 256 - context  # 6,720 is a multiple of each
         blocks = torch.cat([ids[s - context : s + 6720].unfold(0, 256, width) for s in starts])
-        parts = [exact(model, part, diffusion.spacing, context) for part in blocks.split(60)]
-        nats, passes = map(torch.cat, zip(*parts, strict=True))
+        nats, passes = exact_of_all(model, blocks, diffusion.spacing, context)
         nats = nats.view(len(starts), -1).mean(1)
         narrow = nats if narrow is None else narrow
         cells = mean_error(nats) + mean_error(nats - narrow)
@@ -326,7 +348,7 @@ def measure_samples(_, train, text, n):
     size, texts = 2000, 3 * int(n)
     stretches = [train[i * len(train) // texts :][:size] for i in range(texts)]
     real = [stretches[seed::3] for seed in range(3)]  # from all over the text
-    figures = [[float(figure) for figure in judge(texts, train, text)] for texts in real]
+    figures = [judge(texts, train, text) for texts in real]
     row("training text", "", 3, n, "", *over_seeds(figures), "")
     models = {script: script.load(script.weights_path) for script in (diffusion, gpt)}
     for temp in (0.8, 1.0, 0.6):
@@ -336,11 +358,11 @@ def measure_samples(_, train, text, n):
                 torch.manual_seed(seed)
                 runs = [list(script.generate(model, temp=temp)) for _ in range(int(n))]
                 written = [texts[-1] for texts in runs]
-                figures.append([float(figure) for figure in judge(written, train, text)])
+                figures.append(judge(written, train, text))
                 passes += [len(texts) * 240 / size for texts in runs]
                 least += [len(set(words(t))) / len(words(t)) for t in written]
-            cells = over_seeds(figures)
-            row(script.name, temp, 3, n, f"{sum(passes) / len(passes):.1f}", *cells, min(least))
+            passes = f"{sum(passes) / len(passes):.1f}"
+            row(script.name, str(temp), 3, n, passes, *over_seeds(figures), min(least))
 
 
 def over_seeds(figures):

@@ -288,8 +288,7 @@ def test_what_a_console_cannot_show_ends_nothing(script, tmp_path):
     data.write_text("αβγ δ\n" * 500, encoding="utf-8")
     args = ["--train", "--iters", "2", "--batch", "2", "--data", data, "--weights", weights]
     code = f"""
-import runpy, sys
-import {script.name} as script
+import sys
 sys.argv = [{script.__file__!r}, *{list(map(str, args))!r}]
 source = open(sys.argv[0], encoding="utf-8").read().replace("= 6, 6, 384", "= 2, 2, 16")
 exec(compile(source, sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})

@@ -214,7 +214,7 @@ def test_ctrl_c_leaves_the_best_so_far(script, scripted, capsys):
 
 
 def content(path):
-    """What torch.load finds, with equal tensors as equal lists."""
+    """The weights in a checkpoint."""
     return torch.load(path, weights_only=True)["weights"]
 
 
