@@ -65,7 +65,7 @@ class CharTokenizer:  # one character, one token; "_" is reserved: it stands for
 
     def encode(self, text):
         """str of T characters -> LongTensor (T,); ValueError names a character it does not know."""
-        if unknown := set(text) - set(self.vocab):
+        if unknown := set(text) - self.ids.keys():
             raise ValueError(f"unknown character {min(unknown)!r}: leave it out")
         return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
 
