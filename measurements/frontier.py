@@ -402,7 +402,7 @@ def plot():
     label("a threshold", points[0][1], (-62, 4), grey)
     points = curve("most certain", most, color=blue, marker="o", zorder=3)
     for parameter, at in points:
-        label(parameter, at, (-4, -14), blue)
+        label(parameter, at, (-12, -13), blue)
     label("diffusion.py, by spacing", points[0][1], (-210, 16), blue)
     ((_, at),) = curve("gpt", most, color=orange, marker="s")
     label("gpt.py", at, (-40, -3), orange)
