@@ -295,6 +295,8 @@ looks = {  # the arguments of sample, where they are not those of diffusion.py
     "draft alone": {"looks": 0},
     "draft alone at 0.7": {"looks": 0, "temp": 0.7},
     "draft and second look": {},
+    "every 6th": {"stride": 6},
+    "every 4th": {"stride": 4},
     "spacing 6": {"parameter": 6},
     "spacing 5 and stride 6": {"parameter": 5, "stride": 6},
     "two second looks": {"looks": 2},
