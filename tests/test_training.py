@@ -135,7 +135,7 @@ def test_scoring_is_repeatable_and_leaves_no_trace(script, monkeypatch):
 
 def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch):
     data, weights = toy
-    monkeypatch.setattr(script, "max_iters", 150 if script is gpt else 300)
+    monkeypatch.setattr(script, "max_iters", 150 if script is gpt else 240)
     monkeypatch.setattr(script, "eval_interval", script.max_iters // 3)
     script.main(["--train", "--data", str(data), "--weights", str(weights), "--seed", "1"])
     model = script.load(weights)
