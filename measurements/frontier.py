@@ -98,7 +98,7 @@ rules = {
         most_certain_by(lambda logits: 1 - entropy(logits) / math.log(logits.size(-1)) / 2),
         (8, 6),
     ),
-    "local maximum": (local_maximum, (8, 6, 4)),
+    "local maximum": (local_maximum, (8, 6, 4, 3, 2)),
     "segments": (segments, (32, 16, 8)),
     "entropy-bounded": (entropy_bounded, (2, 0.5)),
     "top probability": (top_probability, (0.5, 0.9)),
@@ -347,8 +347,8 @@ def measure_samples(_, train, text, n):
     least: one that ran into a loop would show."""
     row("script,temperature,seeds,texts,passes,known words,error", end=",")
     row("distinct words,error,copied runs,error,reverse,error,least")
-    size, texts = 2000, 3 * int(n)
-    stretches = [train[i * len(train) // texts :][:size] for i in range(texts)]
+    size, count = 2000, 3 * int(n)
+    stretches = [train[i * len(train) // count :][:size] for i in range(count)]
     real = [stretches[seed::3] for seed in range(3)]  # from all over the text
     figures = [judge(texts, train, text) for texts in real]
     row("training text", "", 3, n, "", *over_seeds(figures), "")
