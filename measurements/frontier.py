@@ -8,8 +8,8 @@
     uv run --with matplotlib measurements/frontier.py plot       # frontier.csv -> frontier.svg
 
 Each but the last prints CSV, after minutes to an hour on a CPU; frontier.csv is made of it. A rule
-takes the place of diffusion.most_certain. Windows are 256 characters, 16 given and 240 written. In
-frontier.csv the rows of 32 windows are of earlier weights (commit 01d98fe).
+takes the place of diffusion.most_certain. Windows are 256 characters, 16 given and 240 written.
+frontier.csv puts the bound of the weights that were measured in front of each row.
 """
 
 import csv
@@ -379,14 +379,14 @@ def plot():
 
     rows = list(csv.DictReader(here.with_suffix(".csv").open()))
     for r in rows:
-        r.update({key: float(r[key]) for key in ("windows", "more", "more error", "passes")})
-    most = max(r["windows"] for r in rows)
+        r.update({key: float(r[key]) for key in ("bound", "more", "more error", "passes")})
+    latest, first = min(r["bound"] for r in rows), max(r["bound"] for r in rows)
     grey, blue, orange = "#808080", "#2f81f7", "#e8710a"
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.size": 10})
     figure, axes = plt.subplots(figsize=(8, 3.6))
 
-    def curve(rule, windows, **style):
-        points = [r for r in rows if r["rule"] == rule and r["windows"] == windows]
+    def curve(rule, bound, **style):
+        points = [r for r in rows if r["rule"] == rule and r["bound"] == bound]
         values = ([r[key] for r in points] for key in ("passes", "more", "more error"))
         axes.errorbar(*values, capsize=2, markersize=4, lw=1, **style)
         return [(r["parameter"], (r["passes"], r["more"])) for r in points]
@@ -394,19 +394,19 @@ def plot():
     def label(text, at, offset, color):
         axes.annotate(text, at, offset, textcoords="offset points", color=color, fontsize=9)
 
-    points = curve("local maximum", most, color=grey, marker="o")
+    points = curve("local maximum", latest, color=grey, marker="o")
     label("local maxima only", points[-1][1], (8, -2), grey)
-    points = curve("segments", 32, color=grey, marker="^")
+    points = curve("segments", first, color=grey, marker="^")
     label("segments", points[0][1], (0, -14), grey)
-    points = curve("entropy-bounded", 32, color=grey, marker="D")
+    points = curve("entropy-bounded", first, color=grey, marker="D")
     label("a budget of entropy", points[0][1], (-104, 2), grey)
-    points = curve("top probability", 32, color=grey, marker="v")
+    points = curve("top probability", first, color=grey, marker="v")
     label("a threshold", points[0][1], (-62, 4), grey)
-    points = curve("most certain", most, color=blue, marker="o", zorder=3)
+    points = curve("most certain", latest, color=blue, marker="o", zorder=3)
     for parameter, at in points:
         label(parameter, at, (-12, -13), blue)
     label("diffusion.py, by spacing", points[0][1], (-210, 16), blue)
-    ((_, at),) = curve("gpt", most, color=orange, marker="s")
+    ((_, at),) = curve("gpt", latest, color=orange, marker="s")
     label("gpt.py", at, (-40, -3), orange)
     axes.set_xscale("log")
     axes.set_xticks([5, 8, 15, 30, 60, 120, 240], ["5", "8", "15", "30", "60", "120", "240"])
