@@ -28,8 +28,8 @@ block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
 context = 16  # [3] characters in view, at least, before the first hole of a block
 spacing = 8  # [3] least distance between characters filled in one pass
-dropout, weight_decay = 0.0, 0.1  # [4] hiding is noise enough: no two epochs are alike,
-max_iters = 10000  # [4] and so it goes on learning for longer
+dropout, token_dropout, weight_decay = 0.0, 0.0, 0.1  # [4] hiding is noise enough: no two epochs
+max_iters = 10000  # [4] are alike, and so it goes on learning for longer
 learning_rate = 0.005
 warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
@@ -121,7 +121,7 @@ class Model(nn.Module):  # with the tokenizer it reads by, and the prompt it sta
     def forward(self, ids):  # [2]
         """ids (B, T) -> logits (B, T, V), float32."""
         rope = self.rope[:, : ids.size(1)]  # [2]
-        x = norm(self.embed(ids))
+        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))  # whole characters
         for block in self.blocks:  # [2]
             x = block(x, rope)  # [2]
         return self.head(norm(x)).float()

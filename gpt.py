@@ -20,8 +20,8 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-dropout, weight_decay = 0.35, 0.6  # [4] against memorising: each epoch asks the same questions
-max_iters = 800  # [4] and soon there is no more to learn from them
+dropout, token_dropout, weight_decay = 0.35, 0.1, 0.6  # [4] against memorising: each epoch asks
+max_iters = 800  # [4] the same questions
 learning_rate = 0.005
 warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
@@ -114,7 +114,7 @@ class Model(nn.Module):  # with the tokenizer it reads by, and the prompt it sta
     def forward(self, ids, cache=None, start=0):  # [2] a cache (n_layer, 2, B, n_head, S, D)
         """ids (B, T) -> logits (B, T, V), float32."""
         rope = self.rope[:, start : start + ids.size(1)]  # [2]
-        x = norm(self.embed(ids))
+        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))  # whole characters
         for i, block in enumerate(self.blocks):  # [2]
             x = block(x, rope, None if cache is None else cache[i], start)  # [2]
         return self.head(norm(x)).float()

@@ -18,8 +18,9 @@ def script(request):
 def small(monkeypatch):
     """Shrinks both models; the window stays at 256 with 16 characters of context."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 8}
+    sizes |= {"dropout": 0.0, "token_dropout": 0.0, "max_iters": 2, "warmup_iters": 5}
     for module in (gpt, diffusion):
-        for key, value in {**sizes, "dropout": 0.0, "max_iters": 2, "warmup_iters": 5}.items():
+        for key, value in sizes.items():
             monkeypatch.setattr(module, key, value)
 
 

@@ -44,6 +44,22 @@ def test_only_diffusion_sees_what_comes_later(script):
         assert (before == 0).all() if script is gpt else (before > 1e-5).all()
 
 
+def test_token_dropout_hides_whole_characters_and_in_training_alone(script, monkeypatch):
+    """What the first block reads: a quarter of the characters as zeros, others in each row, and
+    the rest as they are when the model writes."""
+    monkeypatch.setattr(script, "token_dropout", 0.25)
+    model, inputs = random_model(script), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    ids = torch.randint(len(CHARS), (16, 256))
+    model(ids)
+    model.train()(ids)
+    writing, training = inputs
+    hidden = (training == 0).all(-1)
+    assert 0.2 < hidden.float().mean() < 0.3 and not (hidden == hidden[0]).all()
+    assert torch.allclose(training[~hidden], writing[~hidden], atol=1e-5)
+    assert not (writing == 0).all(-1).any()
+
+
 def test_order_matters(script):
     """Without positions a reversed past would give the last place the same logits."""
     model = random_model(script)
