@@ -47,7 +47,7 @@ def test_the_weights_predict_what_they_were_not_trained_on(script):
     """On a tenth of it; characters drawn by their frequency alone would score 3.3."""
     validation = script.read_splits(script.data_path)[1][:12_000]
     model, fewer = script.load(script.weights_path), () if script is gpt else (2,)
-    assert 1.2 < script.evaluate(model, validation, *fewer) < (1.4 if script is gpt else 1.65)
+    assert 1.2 < script.evaluate(model, validation, *fewer) < (1.37 if script is gpt else 1.65)
 
 
 @text_is_here
