@@ -56,9 +56,9 @@ def test_what_they_write_are_mostly_words_and_lines(script):
     train, _ = script.read_splits(script.data_path)
     known = set(re.findall(r"[a-z']+", train.lower()))
     torch.manual_seed(0)
-    *_, text = script.generate(script.load(script.weights_path), length=720)
+    *_, text = script.generate(script.load(script.weights_path), length=480)
     words = re.findall(r"[a-z']+", text.lower())
-    assert 90 < len(words) < 200
+    assert 60 < len(words) < 135
     assert sum(word in known for word in words) / len(words) > 0.75
-    assert 8 < text.count("\n") < 90
+    assert 5 < text.count("\n") < 60
     assert text[100:300] not in train

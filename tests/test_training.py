@@ -135,12 +135,13 @@ def test_scoring_is_repeatable_and_leaves_no_trace(script, monkeypatch):
 
 def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch):
     data, weights = toy
-    monkeypatch.setattr(script, "max_iters", 150 if script is gpt else 240)
+    monkeypatch.setattr(script, "learning_rate", 0.03)
+    monkeypatch.setattr(script, "max_iters", 60 if script is gpt else 150)
     monkeypatch.setattr(script, "eval_interval", script.max_iters // 3)
     script.main(["--train", "--data", str(data), "--weights", str(weights), "--seed", "1"])
     model = script.load(weights)
     score = script.evaluate(model, doubled_letters(200, seed=1))
-    limit = 0.6 if script is gpt else 1.1  # from log(5) = 1.61; no model can pass the entropy
+    limit = 0.6 if script is gpt else 0.8  # from log(5) = 1.61; no model can pass the entropy
     assert ENTROPY < score < limit
     *_, text = script.generate(model, "aa bb ", 300)
     words = [word for word in text.split(" ")[:-1] if word]

@@ -427,10 +427,16 @@ def take(*texts):
     return frames
 
 
+def show(takes, i, size, monkeypatch):
+    """visualize.show in a terminal of a size, which pytest, that asks for one too, does not see."""
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize.os, "get_terminal_size", lambda fd: size)
+        visualize.show(takes, i)
+
+
 def shown(takes, i, columns, lines, monkeypatch, capfd):
     """The screen's rows of cells that visualize.show draws at a size."""
-    monkeypatch.setattr(visualize.os, "get_terminal_size", lambda fd: (columns, lines))
-    visualize.show(takes, i)
+    show(takes, i, (columns, lines), monkeypatch)
     output = capfd.readouterr().out
     drawn = [int(y) for y in re.findall(r"\x1b\[(\d+)H", output)]
     assert drawn == list(range(1, lines + 1))  # further down a terminal clears its last row
@@ -463,8 +469,7 @@ def test_nothing_of_the_frame_before_is_left(monkeypatch, capfd):
     takes = {"gpt": take(SPEECH[:16], *(SPEECH[:n] for n in range(17, 400)))}
     output = ""
     for i, size in ((1, (90, 20)), (350, (90, 20)), (370, (30, 20)), (384, (30, 12))):
-        monkeypatch.setattr(visualize.os, "get_terminal_size", lambda fd, size=size: size)
-        visualize.show(takes, i)
+        show(takes, i, size, monkeypatch)
         output += (frame := capfd.readouterr().out)
         (clean,), (*_, drawn) = screens(frame, 30, 12), screens(output, 30, 12)
         assert [string(row) for row in drawn[: size[1]]] == [
