@@ -20,8 +20,8 @@ from tqdm import tqdm
 batch_size = 64  # sequences per iteration
 block_size = 256  # characters the model sees at once
 n_layer, n_head, n_embd = 6, 6, 384
-dropout, token_dropout, weight_decay = 0.35, 0.1, 0.6  # [4] against memorising: each epoch asks
-max_iters = 800  # [4] the same questions
+dropout, token_dropout, weight_decay = 0.35, 0.1, 0.6  # [4] each epoch asks the same questions:
+max_iters = 800  # [4] without noise and an early end it would memorise them
 learning_rate = 0.005
 warmup_iters, eval_interval = 100, 250
 name = Path(__file__).stem
