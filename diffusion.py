@@ -158,7 +158,7 @@ def read_checkpoint(path, remedy):
     """The dict in a file; ValueError says what is wrong with it and how to mend that."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except Exception:  # a damaged file can fail in any way
         raise ValueError(f"{path} is damaged: {remedy}") from None
@@ -382,8 +382,9 @@ def main(argv=None):
     for key in least:
         if not least[key] <= vars(args)[key] <= 10**7:
             parser.error(f"--{key} takes a number from {least[key]} to {10**7}")
+    if args.resume and not args.train:
+        parser.error("--resume goes with --train")
     try:
-        torch.manual_seed(args.seed)
         if args.train:
             train(args.data, args.weights, args.iters, args.batch, args.resume, args.seed)
         elif args.eval:
@@ -391,7 +392,9 @@ def main(argv=None):
             print(f"{nats.mean():.4f} nats per character, {nats.mean() / math.log(2):.4f} bits")
             print("pass by pass:", *(f"{pass_nats:.2f}" for pass_nats in nats.mean(0)))  # [3]
         else:
-            write(load(args.weights), args.prompt, args.length, args.temp, args.looks)  # [3]
+            model = load(args.weights)
+            torch.manual_seed(args.seed)
+            write(model, args.prompt, args.length, args.temp, args.looks)  # [3]
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
     except KeyboardInterrupt:

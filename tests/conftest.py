@@ -1,4 +1,8 @@
-"""What the tests share: both scripts at a small size, and models with random weights."""
+"""What the tests share: both scripts at a small size, models with random or known weights."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ import torch
 import diffusion
 import gpt
 
+ROOT = Path(__file__).parent.parent
 CHARS = "abcdefghijklmnopqrstuvwxyz .\n"
 
 
@@ -16,7 +21,7 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Shrinks both models; the window stays at 256 with 16 characters of context."""
+    """Shrinks both models; the window stays at 256 characters, 16 of them context."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 8}
     sizes |= {"dropout": 0.0, "token_dropout": 0.0, "max_iters": 2, "warmup_iters": 5}
     for module in (gpt, diffusion):
@@ -33,7 +38,25 @@ def random_model(script, chars=CHARS, seed=0):
     return model
 
 
+class Fake(torch.nn.Module):
+    """A model whose logits (B, T, V) are a given function of ids (B, T), or the same for all."""
+
+    def __init__(self, script, chars, logits):
+        super().__init__()
+        self.tokenizer, self.logits = script.CharTokenizer(chars), logits
+        self.register_buffer("rope", torch.zeros(1))
+
+    def forward(self, ids):
+        return self.logits(ids) if callable(self.logits) else self.logits
+
+
 def checkpoint(model, path):
     weights = {key: value.bfloat16() for key, value in model.state_dict().items()}
     torch.save({**model.header, "weights": weights}, path)
     return path
+
+
+def run(script, *args, **options):
+    """The real script in a process of its own, at its real size."""
+    command = [sys.executable, str(ROOT / f"{script.name}.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)

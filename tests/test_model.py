@@ -1,4 +1,4 @@
-"""Tokenizer, attention, cache."""
+"""Tokenizer, attention, cache, and the file that a model is loaded from."""
 
 import pytest
 import torch
@@ -44,7 +44,21 @@ def test_only_diffusion_sees_what_comes_later(script):
         assert (before == 0).all() if script is gpt else (before > 1e-5).all()
 
 
-def test_token_dropout_hides_whole_characters_and_in_training_alone(script, monkeypatch):
+def test_the_distance_between_characters_matters_and_nothing_else_of_their_places(script):
+    """A reversed past is another one; what rotated queries and keys say of each other depends on
+    how far apart they are, and on which is first."""
+    model = random_model(script)
+    ids = torch.randint(len(CHARS), (1, 64))
+    shuffled = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), 1)
+    assert (model(ids) - model(shuffled))[0, -1].abs().max() > 1e-3
+    q, k = torch.randn(2, 256, 8)
+    rope = model.rope
+    scores = script.rotate(q[:1].expand(256, 8), rope) @ script.rotate(k[:1].expand(256, 8), rope).T
+    assert torch.allclose(scores.diagonal(3), scores.diagonal(3)[:1].expand(253), atol=1e-4)
+    assert scores.diagonal(3)[0] != pytest.approx(scores.diagonal(-3)[0].item(), abs=1e-3)
+
+
+def test_token_dropout_blanks_whole_characters_and_in_training_alone(script, monkeypatch):
     """What the first block reads: a quarter of the characters as zeros, others in each row, and
     the rest as they are when the model writes."""
     monkeypatch.setattr(script, "token_dropout", 0.25)
@@ -54,18 +68,23 @@ def test_token_dropout_hides_whole_characters_and_in_training_alone(script, monk
     model(ids)
     model.train()(ids)
     writing, training = inputs
-    hidden = (training == 0).all(-1)
-    assert 0.2 < hidden.float().mean() < 0.3 and not (hidden == hidden[0]).all()
-    assert torch.allclose(training[~hidden], writing[~hidden], atol=1e-5)
+    blank = (training == 0).all(-1)
+    assert 0.2 < blank.float().mean() < 0.3 and not (blank == blank[0]).all()
+    assert torch.allclose(training[~blank], writing[~blank], atol=1e-5)
     assert not (writing == 0).all(-1).any()
 
 
-def test_order_matters(script):
-    """Without positions a reversed past would give the last place the same logits."""
-    model = random_model(script)
-    ids = torch.randint(len(CHARS), (1, 64))
-    shuffled = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), 1)
-    assert (model(ids) - model(shuffled))[0, -1].abs().max() > 1e-3
+@pytest.mark.parametrize("branch", ["proj", "down"])
+def test_dropout_zeroes_a_share_of_what_each_branch_adds(script, branch, monkeypatch):
+    """The other branch adds nothing here, so half of the stream stays as it was."""
+    monkeypatch.setattr(script, "dropout", 0.5)
+    block = random_model(script).blocks[0].train()
+    other = block.down if branch == "proj" else block.proj
+    torch.nn.init.zeros_(other.weight)
+    x, rope = torch.randn(8, 64, 16), random_model(script).rope[:, :64]
+    args = (x, rope, None) if script is gpt else (x, rope)
+    assert 0.4 < (block(*args) == x).float().mean() < 0.6
+    assert (block.eval()(*args) == x).float().mean() < 0.2  # of ReLU's zeros at most
 
 
 @pytest.mark.parametrize("given", [1, 100, 255, 256, 257, 700])
@@ -74,7 +93,7 @@ def test_cached_logits_equal_uncached_ones(given):
     model, reads = random_model(gpt), []
     model.register_forward_hook(lambda _, args, logits: reads.append((args[0], logits[0, -1])))
     prompt = "".join(CHARS[i] for i in torch.randint(len(CHARS), (given,)))
-    *_, text = gpt.generate(model, prompt, length=400)
+    *_, (text, _) = gpt.generate(model, prompt, length=400)
     ids = model.tokenizer.encode(text)
     assert len(reads) == 400
     window, fresh = given if given <= 256 else 128, True
@@ -88,15 +107,34 @@ def test_cached_logits_equal_uncached_ones(given):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about the processor")
-def test_a_processor_without_bfloat16_writes_in_float32(script, dtype, tmp_path, monkeypatch):
+def test_a_model_is_loaded_as_saved_in_what_the_processor_computes_in(
+    script, dtype, tmp_path, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dtype == torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # as ROCm without a GPU
     original = random_model(script)
-    model = script.load(checkpoint(original, tmp_path / "weights.pt"))
-    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    path = checkpoint(original, tmp_path / "weights.pt")
+    model = script.load(path)
+    assert {weight.dtype for weight in model.parameters()} == {dtype} and not model.training
+    assert {weight.dtype for weight in script.load(path, torch.float32).parameters()} == {
+        torch.float32
+    }
+    assert model.prompt == original.prompt and model.tokenizer.chars == original.tokenizer.chars
     ids = torch.randint(len(CHARS), (4, 256))
     logits = model(ids)
     assert logits.dtype == torch.float32
     assert torch.corrcoef(torch.stack((logits, original(ids))).flatten(1))[0, 1] > 0.97
-    *_, text = script.generate(model, length=400)
-    assert len(text) == 16 + 400
+
+
+def test_a_save_that_is_cut_off_leaves_what_was_there(script, tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    script.save({"a": 1}, path)
+
+    def cut_off(contents, to):
+        to.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        script.save({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
