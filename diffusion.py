@@ -3,11 +3,11 @@
 gpt.py and diffusion.py are one file but for five changes, marked [1] to [5] in both. Run
 `diff gpt.py diffusion.py`: that is the lesson.
 
-[1] vocabulary: GPT's has the characters; diffusion's also a mask, "_", that is read, never written
+[1] vocabulary: GPT has the characters; diffusion adds a mask, "_", that is read, never predicted
 [2] attention: GPT looks back, so that keys and values can be cached; diffusion looks both ways
-[3] generation: GPT writes one character per pass; diffusion many, and has a second look at them
-[4] training: GPT learns to tell the next character; diffusion to restore hidden characters
-[5] loss: GPT's counts all characters; diffusion's counts the hidden ones
+[3] generation: GPT writes one character per pass; diffusion writes many, and looks a second time
+[4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
+[5] loss: GPT counts all characters; diffusion counts the hidden ones
 
 The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 # ---- hyperparameters: read when used, so that a caller may set them on the module --------------
 block_size = 256  # characters in view
-context = 16  # characters given before those that are scored
+context = 16  # characters before a block that is written or scored
 n_layer = 6  # layers
 n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
@@ -39,9 +39,9 @@ batch_size = 32  # rows of block_size characters per iteration
 eval_interval = 250  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of the matrices, against memorising
-dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch asks something else
-max_iters = 6000  # [4] iterations: with more it goes on learning
-stride = 8  # [3] from one character of a pass to the next; divides block_size - context
+dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch asks anew
+max_iters = 6000  # [4] iterations: it learns for longer
+stride = 8  # [3] from one place of a comb to the next; divides block_size - context
 
 name = Path(__file__).stem
 data_path = Path(__file__).with_name("data.txt")
@@ -59,6 +59,8 @@ def read_splits(path):
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
     text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
+    if "_" in text:
+        raise ValueError(f"{path} holds '_', which is reserved: replace it")
     split = int(0.9 * len(text))
     if len(text) - split <= block_size:
         raise ValueError(f"{path} is too short: it needs {10 * block_size + 1} characters")
@@ -67,8 +69,6 @@ def read_splits(path):
 
 class CharTokenizer:  # one character, one token; "_" is reserved for the mask
     def __init__(self, text):
-        if "_" in text:
-            raise ValueError("the text holds '_', which is reserved: replace it")
         self.chars = "".join(sorted(set(text)))
         self.vocab = self.chars + "_"  # [1]
         self.mask = len(self.chars)  # [1] its id
@@ -189,7 +189,14 @@ def draw(logits, temp):
 def generate(model, prompt=None, length=2000, temp=0.8, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then writes length characters behind it.
     After each pass it yields the text so far, holes as "_", and how much of it is final: what is
-    before the block. ValueError: the prompt cannot be read."""
+    before the block. ValueError: the prompt cannot be read. A draft, passes 1, 2, 3, 4 and 8:
+
+        ____s_______p_______r___
+        ____sh______pe______re__
+        ___ sh_____spe_____ore__
+        __e sh____ spe____more__
+        She she is speak; more,
+    """
     text = model.prompt if prompt is None else prompt
     given = len(text)  # [3]
     ids, mask = model.tokenizer.encode(text + "_" * length), model.tokenizer.mask
@@ -203,11 +210,12 @@ def generate(model, prompt=None, length=2000, temp=0.8, looks=1):  # [3]
         block = window == mask  # (T,) what is to be written
         if (ids[end:] != mask).any():  # the prompt goes on: the next window shows more of it
             block[-context:] = False
+
         comb_of = (torch.arange(start, start + len(window)) - first) % stride
         combs = [block & (comb_of == i) for i in comb_of[block].unique()]
         draft, second_look = [torch.zeros_like(block)] * len(combs), combs * looks
         for hidden in draft + second_look:
-            window[hidden] = mask  # nothing in a draft, one comb in a second look
+            window[hidden] = mask  # nothing in the draft, one comb in a second look
             padded = F.pad(window, (0, block_size - len(window)), value=mask)  # the length it knows
             logits = model(padded[None].to(model.rope.device))[:, : len(window)].cpu()
             comb = surest_comb(logits, (block & (window == mask))[None])[0]

@@ -3,11 +3,11 @@
 gpt.py and diffusion.py are one file but for five changes, marked [1] to [5] in both. Run
 `diff gpt.py diffusion.py`: that is the lesson.
 
-[1] vocabulary: GPT's has the characters; diffusion's also a mask, "_", that is read, never written
+[1] vocabulary: GPT has the characters; diffusion adds a mask, "_", that is read, never predicted
 [2] attention: GPT looks back, so that keys and values can be cached; diffusion looks both ways
-[3] generation: GPT writes one character per pass; diffusion many, and has a second look at them
-[4] training: GPT learns to tell the next character; diffusion to restore hidden characters
-[5] loss: GPT's counts all characters; diffusion's counts the hidden ones
+[3] generation: GPT writes one character per pass; diffusion writes many, and looks a second time
+[4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
+[5] loss: GPT counts all characters; diffusion counts the hidden ones
 
 The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 # ---- hyperparameters: read when used, so that a caller may set them on the module --------------
 block_size = 256  # characters in view
-context = 16  # characters given before those that are scored
+context = 16  # characters before a block that is written or scored
 n_layer = 6  # layers
 n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
@@ -39,7 +39,7 @@ batch_size = 32  # rows of block_size characters per iteration
 eval_interval = 250  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of the matrices, against memorising
-dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch asks the same
+dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch asks the same again
 max_iters = 2400  # [4] iterations: with more it memorises
 
 name = Path(__file__).stem
@@ -58,6 +58,8 @@ def read_splits(path):
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
     text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
+    if "_" in text:
+        raise ValueError(f"{path} holds '_', which is reserved: replace it")
     split = int(0.9 * len(text))
     if len(text) - split <= block_size:
         raise ValueError(f"{path} is too short: it needs {10 * block_size + 1} characters")
@@ -66,8 +68,6 @@ def read_splits(path):
 
 class CharTokenizer:  # one character, one token; "_" is reserved for the mask
     def __init__(self, text):
-        if "_" in text:
-            raise ValueError("the text holds '_', which is reserved: replace it")
         self.chars = "".join(sorted(set(text)))
         self.vocab = self.chars  # [1]
         self.ids = {char: i for i, char in enumerate(self.vocab)}

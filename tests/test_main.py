@@ -181,6 +181,7 @@ def test_texts_that_cannot_be_trained_on(script, here, capsys):
     ):
         path.write_bytes(content)
         assert says in fails(script, capsys, "--train")
+        assert says in fails(script, capsys, "--eval")
     path.write_text(TEXT + "Z")
     assert "'Z'" in fails(script, capsys, "--eval")
 

@@ -1,219 +1,193 @@
-"""What measurements/frontier.py measures is what its names say."""
+"""What measurements/measure.py measures is what its names say."""
 
 import itertools
 import math
+import random
+from collections import Counter
 
-import frontier
+import measure
 import pytest
 import torch
-from conftest import CHARS, random_model
+import torch.nn.functional as F
+from conftest import CHARS, Fake, checkpoint, random_model
 
 import diffusion
 import gpt
 
-every_rule = [(name, p) for name, (_, parameters) in frontier.rules.items() for p in parameters]
+draw = random.Random(0)
+made_up = ["".join(draw.choices(CHARS[:26], k=1 + i % 12)) for i in range(60)] + ["don't"]
+real = " ".join(draw.choices(made_up, k=2000))[:10000]
+train, val, chars = real[:9000], real[9000:], CHARS + "'"
 
 
 @pytest.fixture
-def state():
-    torch.manual_seed(0)
-    logits = 4 * torch.rand(4, 256, 1) * torch.randn(4, 256, 20)  # certain and uncertain places
-    holes = torch.rand(4, 256) > torch.tensor([0.0, 0.5, 0.98, 1.0])[:, None]
-    holes[:, :16] = False
-    return logits, holes
+def files(tmp_path):
+    """The options for small random models and a text of their own."""
+    (data := tmp_path / "data.txt").write_text(real)
+    models = [random_model(gpt, chars), random_model(diffusion, chars)]
+    paths = [str(checkpoint(model, tmp_path / f"{i}.pt")) for i, model in enumerate(models)]
+    return ["--gpt", paths[0], "--data", str(data), "--diffusion", paths[1]]
 
 
-@pytest.mark.parametrize("name, parameter", every_rule)
-def test_every_rule_commits_holes_until_none_is_left(name, parameter, state):
-    logits, holes = state
-    while holes.any():
-        chosen = frontier.rules[name][0](logits, holes, parameter)
-        assert not (chosen & ~holes).any()
-        assert torch.equal(chosen.any(1), holes.any(1))
-        holes = holes & ~chosen
+def tables(capsys):
+    """What was printed, as rows of cells below each head; a row has as many as its head."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    starts = [i - 1 for i, row in enumerate(rows) if set(row) == {"---"}] + [len(rows)]
+    found = [rows[start:end] for start, end in itertools.pairwise(starts)]
+    assert starts[0] == 0 and all(len({len(row) for row in table}) == 1 for table in found)
+    assert "nan ±" not in str(rows)
+    return [table[2:] for table in found]
 
 
-def test_rules_by_hand(state):
-    logits, holes = state
-    holes, logits = holes[:2], logits[:2]
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    first = holes.float().argmax(1)
-
-    def places(name, parameter):
-        chosen = frontier.rules[name][0](logits, holes, parameter)
-        return [row.nonzero().flatten() for row in chosen]
-
-    assert [int(p) for p in places("left to right", 1)] == first.tolist()
-    for row, picks in enumerate(places("most certain by entropy", 8)):
-        assert entropy[row].masked_fill(~holes[row], 99).argmin() in picks
-        assert picks.diff().min() >= 8
-        left = holes[row].nonzero().flatten()
-        assert ((left[:, None] - picks).abs().min(1).values < 8).all()  # no room for another
-    for row, picks in enumerate(places("local maximum", 8)):
-        top = logits[row].softmax(-1).amax(-1)
-        for p in holes[row].nonzero().flatten().tolist():
-            rivals = [q for q in range(max(0, p - 7), p + 8) if q < 256 and holes[row, q]]
-            assert (p in picks) is (max(rivals, key=lambda q: (top[q].item(), -q)) == p)
-    for row, picks in enumerate(places("segments", 16)):
-        assert [p // 16 for p in picks.tolist()] == list(range(1, 16))
-        for p in picks.tolist():
-            assert not holes[row, p // 16 * 16 : p].any()
-    for row, picks in enumerate(places("entropy-bounded", 2)):
-        taken = entropy[row, picks]
-        others = entropy[row][holes[row] & ~torch.isin(torch.arange(256), picks)]
-        assert len(picks) > 1 and taken.max() <= others.min()
-        assert taken.sum() - taken.max() <= 2 < taken.sum()
-    same = frontier.most_certain_by(lambda logits: (1 + logits.softmax(-1).amax(-1)) / 2)
-    same = same(logits, holes, 8)
-    assert torch.equal(same, diffusion.most_certain(logits, holes, 8))
+def test_figures_by_hand():
+    assert measure.pieces("abcdefg", 3, 2) == ["abc", "cde", "efg"]
+    assert measure.evenly(range(10), 4) == [0, 2, 5, 7] and measure.evenly("abc", 9) == [*"abc"]
+    a, b = torch.tensor([1.0, 2, 3]).numpy(), torch.tensor([1.0, 0, -1]).numpy()
+    assert measure.mean(a) == "2.000 ± 0.577" and measure.less(a, b) == "+2.000 ± 1.155"
+    assert measure.median([3, 1, 20]) == "3 (1 to 20)"
+    texts = ["x the cat's x", "x On the cat, the x"]
+    assert measure.words(texts) == ["the", "cat's", "on", "the", "cat", "the"]
+    assert measure.known_words(texts, {"the", "on"}) == measure.distinct_words(texts) == 4 / 6
+    runs = set(measure.pieces(CHARS[:26], 20, 1))
+    assert measure.copied_runs([CHARS[2:24] + "?", "?" + CHARS[:20]], runs) == 4 / 6
 
 
-@pytest.mark.parametrize("spacing", [1, 2, 4])
-def test_the_exact_likelihood_sums_to_one_over_all_texts(spacing):
-    model = random_model(diffusion, chars="abc")
-    texts = torch.tensor([(0, *rest) for rest in itertools.product(range(3), repeat=4)])
-    with torch.no_grad():
-        nats, count = frontier.exact(model, texts, spacing, given=1)
-    assert abs((-4 * nats.double()).exp().sum().item() - 1) < 1e-5
-    assert (-4 * nats).exp().max() > 2 / 81  # and is not just uniform
-    expected = {1: {1}, 4: {4}}.get(spacing)
-    assert set(count.tolist()) == expected if expected else set(count.tolist()) <= {2, 3, 4}
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_the_n_gram_is_kneser_neys(order):
+    """Against one that follows the definition and counts by reading all texts."""
+    texts = ["".join(draw.choices("aabc", k=60)) for _ in range(3)]
+
+    def counts(n):
+        ends = [(text, i) for text in texts for i in range(order, len(text) + 1)]
+        if n == order:
+            return Counter(text[i - n : i] for text, i in ends)
+        return Counter(gram[1:] for gram in {text[i - n - 1 : i] for text, i in ends})
+
+    def probability(before, char, n):
+        if n == 0:
+            return 1 / 4
+        context, shorter = before[len(before) - n + 1 :], probability(before, char, n - 1)
+        seen = {gram[-1]: count for gram, count in counts(n).items() if gram[:-1] == context}
+        if len(before) < n - 1 or not seen:
+            return shorter
+        times = [[*counts(n).values()].count(k) for k in range(5)]
+        y, discounts = times[1] / max(1, times[1] + 2 * times[2]), [0]
+        for k in (1, 2, 3):
+            exact = k - (k + 1) * y * times[k + 1] / max(1, times[k])
+            discounts.append(min(max(exact, k / 10), 9 * k / 10))
+        lost = {key: discounts[min(count, 3)] for key, count in seen.items()}
+        kept = seen.get(char, 0) - lost.get(char, 0)
+        return (kept + sum(lost.values()) * shorter) / sum(seen.values())
+
+    model, text = measure.KneserNey(texts, order, 4), "abcadbacabba"
+    expected = [-math.log(probability(text[:i], char, order)) for i, char in enumerate(text)]
+    assert model.nats(text).tolist() == pytest.approx(expected)
+    assert model.nats(text, 5).tolist() == pytest.approx(expected[5:])
 
 
-def draft(texts):
-    """The passes of a first block, up to the one that leaves no hole."""
-    for text in texts:
-        yield text
-        if "_" not in text:
-            return
+def test_reverse_charges_for_gibberish_and_for_monotony():
+    garbled, monotone = val.translate(str.maketrans("abcde", "bcdea")), f"{made_up[59]} " * 80
+    good, *bad = (measure.reverse([text], train, 28) for text in (val, garbled, monotone))
+    assert good < min(bad) - 0.1
 
 
-def test_generate_drafts_each_text_as_often_as_its_likelihood_says():
-    """Two characters, drawn at temperature 1."""
-    model, n = random_model(diffusion, chars="ab", seed=3), 1500
-    texts = torch.tensor([(0, *rest) for rest in itertools.product(range(2), repeat=2)])
-    torch.manual_seed(0)
-    runs = [draft(diffusion.generate(model, "a", 2, temp=1.0, spacing=2)) for _ in range(n)]
-    ends = [list(run)[-1] for run in runs]
-    for row in texts:
-        p = likelihood(model, row)
-        share = ends.count(model.tokenizer.decode(row)) / n
-        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-9
+def test_nats_by_hidden_go_by_the_number_of_hidden_neighbours():
+    """By a model that is the surer the more is hidden, and knows nothing of what is not hidden."""
+    truth = F.one_hot(diffusion.CharTokenizer(chars).encode(val[:256]), len(chars))
+
+    def logits(ids):
+        hidden = ids == len(chars)
+        return truth * (hidden.sum(1, keepdim=True) * hidden)[..., None] / 100
+
+    nats = measure.nats_by_hidden(Fake(diffusion, chars, logits), val[:256])
+    expected = [math.log(1 + (len(chars) - 1) * math.exp(-0.3 * n)) for n in range(1, 9)]
+    assert nats.tolist() == pytest.approx(expected)
 
 
-def likelihood(model, row):
-    """Of the two characters after the first, by hand, one at a time, the most certain first."""
-    ids, p = torch.full((1, 256), model.tokenizer.mask), 1.0  # padded, as generate does
-    ids[0, 0] = row[0]
-    left = [1, 2]
-    while left:
-        with torch.no_grad():
-            probabilities = model(ids)[0].softmax(-1)
-        place = max(left, key=lambda i: probabilities[i].max().item())
-        p *= probabilities[place, row[place]].item()
-        ids[0, place] = row[place]
-        left.remove(place)
-    return p
+def test_infill_pays_what_writing_by_hand_pays(script):
+    """All words of two letters, one letter at a time: GPT from the left, diffusion the surest."""
+    model, text, total = random_model(script, "abc"), draw.choices("abc", k=256), 0
+    for word in itertools.product("abc", repeat=2):
+        text[128:130], p, holes = word, 1, [128, 129]
+        ids = model.tokenizer.encode("".join(text))
+        while holes:
+            seen, place = ids.clone(), holes[0]
+            seen[holes if script is diffusion else []] = len("abc")
+            with torch.no_grad():
+                likely = model(seen[None])[0].softmax(-1)
+            if script is diffusion:
+                place = max(holes, key=lambda i: likely[i].max())
+            p *= likely[place - (script is gpt), ids[place]].item()
+            holes.remove(place)
+        nats = 2 * measure.infill_nats(script, model, "".join(text), 128, 130)
+        assert nats == pytest.approx(-math.log(p), abs=1e-4)
+        total += p
+    assert total == pytest.approx(1)
 
 
-@pytest.mark.parametrize("spacing", [4, 8, 256])
-def test_generate_and_exact_walk_the_same_positions(spacing, monkeypatch):
-    model, written, before = random_model(diffusion), [], "once upon a time".ljust(256, "_")
-    for text in draft(diffusion.generate(model, length=240, spacing=spacing)):
-        written.append([i for i in range(256) if text[i] != before[i]])
-        before = text
-    walked, rule = [], diffusion.most_certain
+def test_restored_is_a_word_that_is_written_whole_without_a_sight_of_it(script, monkeypatch):
+    left, word, right = val[:128], "abcdef", val[134:256]
+    asked = (left, 6, 0) if script is gpt else (left + "______" + right, 0, 0)
 
-    def watch(*args):
-        chosen = rule(*args)
-        walked.append(chosen[0].nonzero().flatten().tolist())
-        return chosen
+    def generate(model, prompt, length, temp):
+        assert (prompt, length, temp) == asked
+        yield from ((left + written + right, 256) for written in ("______", "abcdef"))
 
-    monkeypatch.setattr(diffusion, "most_certain", watch)
-    _, count = frontier.exact(model, model.tokenizer.encode(before)[None], spacing)
-    assert walked == written and count.item() == len(written)
+    monkeypatch.setattr(script, "generate", generate)
+    assert measure.restored(script, None, left + word + right, 128, 134)
+    for other in ("bbcdef", "abcdee"):
+        assert not measure.restored(script, None, left + other + right, 128, 134)
 
 
-def test_exact_scores_each_window_as_if_alone():
-    model = random_model(diffusion)
-    windows = torch.randint(len(CHARS), (3, 60))
-    together, passes_together = frontier.exact(model, windows, 8)
-    for row in range(3):
-        alone, count = frontier.exact(model, windows[row : row + 1], 8)
-        assert torch.allclose(alone, together[row], atol=1e-4)
-        assert count == passes_together[row]
+def test_hidden_words_are_whole_and_stand_in_the_middle_of_what_is_in_view():
+    found = measure.hidden_words(real, 10**6)
+    words = {window[start - 1 : end + 1] for window, start, end in found}
+    assert words == {f" {word} " for word in made_up if 4 <= len(word) <= 8} - {" don't "}
+    assert {(len(window), start) for window, start, _ in found} == {(256, 128)}
+    assert measure.hidden_words(real, 2) == [found[0], found[len(found) // 2]]
 
 
-def test_a_second_look_rewrites_every_comb_once():
-    """By a model that answers what it read, one letter on; what it hid, it answers with a."""
-
-    class Next(torch.nn.Module):
-        tokenizer = diffusion.CharTokenizer(CHARS)
-
-        def forward(self, ids):
-            seen.append(ids == self.tokenizer.mask)
-            return 50 * torch.nn.functional.one_hot(ids * 0 + 5, len(CHARS)).float()
-
-    seen = []
-    windows = torch.zeros(2, 60, dtype=torch.long)
-    ids, passes = frontier.sample(Next(), windows, 60, temp=0, looks=2)
-    assert passes == len(seen) == 44 + 16 and (ids[:, 16:] == 5).all() and (ids[:, :16] == 0).all()
-    hidden = torch.stack(seen[44:])[:, 0]
-    assert (hidden.sum(0)[16:] == 2).all() and not hidden[:, :16].any()
-    assert all(mask.nonzero().flatten().diff().eq(8).all() for mask in hidden)
-
-
-def test_truncation():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    kept = [(keep(logits) > -math.inf).tolist() for keep in (frontier.top(2), frontier.floor(0.2))]
-    assert kept == [[True, True, False, False], [True, True, True, False]]
+def test_nats_are_those_of_the_scripts_and_of_the_n_gram_on_the_validation_text(files, capsys):
+    measure.main(["nats", *files, files[-1]])
+    totals, details = tables(capsys)
+    models = gpt.load(files[1], torch.float32), diffusion.load(files[-1], torch.float32)
+    nanogpt = [val[i : i + 257] for i in (0, 256, 512)]
+    rows = torch.stack([models[0].tokenizer.encode(text) for text in nanogpt])
+    ngram = measure.KneserNey([train], 7, 28)
+    expected = {
+        (0, 1): gpt.evaluate(models[0], val),
+        (0, 4): gpt.loss_fn(models[0], rows).item(),
+        (1, 1): diffusion.evaluate(models[1], val),
+        (3, 1): ngram.nats(val[:976], 16).mean(),  # the windows, with an unlimited history
+        (3, 4): sum(ngram.nats(text, 1).mean() for text in nanogpt) / 3,
+    }
+    for (i, j), nats in expected.items():
+        assert totals[i][j].startswith(f"{nats:.3f} ")
+    assert totals[0][1] != totals[0][3] and details[0] != details[2]
+    assert totals[1] == totals[2] and details[::2] == details[1::2]  # the same model, twice
+    assert len(totals) == 4 and len(details) == 8
 
 
-def test_the_five_gram_is_a_distribution_and_knows_what_it_was_trained_on():
-    text = "the cat sat on the mat. a cat is not a mat.\n" * 5 + "dog"
-    chars = [*sorted(set(text)), "z"]
-    model = frontier.KneserNey([text], characters=len(chars))
-    for context in ("the ", "cat ", "zzzz", "og a", "dogz"):
-        assert sum(model.probability(context, c) for c in chars) == pytest.approx(1)
-    assert model.probability("the ", "c") > 0.3 > model.probability("the ", "s") > 0
-    assert model.nats("the mat is a cat") < model.nats("taht mis ac tea.") < model.nats("zz" * 8)
+def test_held_out_text_scores_another_and_equal_amounts_are_compared(files, capsys, monkeypatch):
+    calls, reverse = [], measure.reverse
+    monkeypatch.setattr(measure, "reverse", lambda *args: calls.append(args) or reverse(*args))
+    measure.main(["text", *files, "--temps", "0.8", "--texts", "2", "--length", "100"])
+    (rows,) = tables(capsys)
+    assert [cells[2] for cells in rows] == ["", "240.0", "38.4", "19.2", "57.6"]
+    assert rows[0][3] == "1.000 ± 0.000" and len(calls) == 3 * len(rows)
+    stretches = [val[i : i + 100] for i in range(0, 1000, 100)]
+    assert all(scored == "".join(stretches[1::2]) for _, scored, _ in calls)
+    assert all(len(texts) == 1 and len(texts[0]) == 100 for texts, _, _ in calls)
+    assert all(texts[0] in stretches[::2] for texts, _, _ in calls[:3])
+    assert len({texts[0] for texts, _, _ in calls}) == len(calls)
 
 
-def test_kneser_ney_by_hand():
-    """ab twice, ac once: of three bigrams, b and c end one each; a is followed by two kinds."""
-    model = frontier.KneserNey(["abab", "ac"], order=2, characters=3)
-    (unigrams, _, _, _), (bigrams, discounts, total, left) = model.levels
-    assert dict(bigrams) == {"ab": 2, "ba": 1, "ac": 1} and dict(unigrams) == dict(a=1, b=1, c=1)
-    assert total["a"] == 3 and left["a"] == discounts[2] + discounts[1]
-    p = (2 - discounts[2] + left["a"] * model.probability("", "b")) / 3
-    assert model.probability("a", "b") == pytest.approx(p)
-
-
-def test_both_sides_of_a_text():
-    """Gibberish costs known words, a line over and over distinct words, and both cost reverse."""
-    words = ["the", "cat", "sat", "mat", "dog", "ran", "red", "sun", "hen", "pig"]
-    torch.manual_seed(0)
-    text = " ".join(words[i] for i in torch.randint(10, (3000,)))
-    train, held_out = text[:9000], text[9000:]
-    good = frontier.judge([text[3000:6000]], train, held_out)
-    gibberish = frontier.judge([text[3000:6000].replace("a", "q")], train, held_out)
-    monotone = frontier.judge(["the cat sat " * 250], train, held_out)
-    known, distinct, reverse = (
-        [float(row[i]) for row in (good, gibberish, monotone)] for i in (0, 2, 4)
-    )
-    assert known[0] == known[2] == 1 > known[1]
-    assert distinct[2] < distinct[0]
-    assert reverse[0] < min(reverse[1:])
-    assert float(good[3]) > 0.9 > float(gibberish[3])  # runs of 20 copied from the text
-
-
-def test_gpts_nats_of_windows_are_those_of_its_loss():
-    model = random_model(gpt)
-    windows = torch.randint(len(CHARS), (3, 60))
-    with torch.no_grad():
-        nats = frontier.gpt_nats(model, windows)
-        for row, window in zip(nats, windows, strict=True):
-            logits = model(window[None, :-1])[0, 15:]
-            assert row == pytest.approx(
-                torch.nn.functional.cross_entropy(logits, window[16:]).item(), abs=1e-5
-            )
+def test_infill_and_speed_print_a_table(files, capsys):
+    measure.main(["infill", *files, "--words", "3"])
+    measure.main(["speed", *files, "--runs", "2", "--length", "30"])
+    infill, speed = tables(capsys)
+    assert len(infill) == 2 and [cells[1] for cells in speed] == ["30", "16"]
+    with pytest.raises(SystemExit):
+        measure.main(["speed", "--gpt", "nowhere.pt"])
+    assert "nowhere.pt" in capsys.readouterr().err

@@ -1,0 +1,312 @@
+"""Measures both scripts side by side; each command prints a table for the README.md here.
+
+    python measurements/measure.py nats      # exact nats per character of real text
+    python measurements/measure.py text      # what they write: words, variety, copies
+    python measurements/measure.py infill    # words of real text, hidden and restored
+    python measurements/measure.py speed     # seconds and passes
+
+Behind ± stands the standard error. Other weights are measured in place of the repository's, or
+beside them: `nats --diffusion weights/diffusion.pt other.pt`, and `--gpt` with no file for no GPT.
+"""
+
+import argparse
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import diffusion
+import gpt
+
+
+# ---- tables ------------------------------------------------------------------------------------
+def head(cells):
+    print(cells, "|" + " --- |" * (cells.count("|") - 1), sep="\n")
+
+
+def row(*cells):
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def mean(values, digits=3, sign=""):
+    """The mean of numbers and its standard error, if there are any."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) else 0
+    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}" if len(values) else ""
+
+
+def less(values, others):
+    """The mean of the differences of pairs and its standard error."""
+    return "" if values is others else mean(values - others, sign="+")
+
+
+def median(values):
+    return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+# ---- texts and n-grams -------------------------------------------------------------------------
+def pieces(text, length, stride):
+    """All pieces of a length that begin stride characters apart."""
+    return [text[i : i + length] for i in range(0, len(text) - length + 1, stride)]
+
+
+def evenly(items, n):
+    """n items from all over the list, or all."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def words(texts):
+    """All words but for the first and the last of each text, which may be cut."""
+    return [word for text in texts for word in re.findall(r"[a-z']+", text.lower())[1:-1]]
+
+
+class KneserNey:
+    """An n-gram model of characters: modified Kneser-Ney, interpolated (Chen and Goodman, 1999)."""
+
+    def __init__(self, texts, order, characters):
+        self.characters, self.levels = characters, []  # how many there are; one level per length
+        counts = Counter(gram for text in texts for gram in pieces(text, order, 1))
+        for _ in range(order):
+            n = Counter(counts.values())  # how many grams were counted once, twice, ...
+            y = n[1] / max(1, n[1] + 2 * n[2])
+            kept, total, lost = {}, Counter(), Counter()  # of a gram; of the contexts of grams
+            for gram, count in counts.items():
+                k = min(count, 3)
+                discount = k - (k + 1) * y * n[k + 1] / max(1, n[k])
+                # In bounds, as a small text, or the alphabet, may have no gram of some count.
+                kept[gram] = count - min(max(discount, 0.1 * k), 0.9 * k)
+                total[gram[:-1]] += count
+                lost[gram[:-1]] += count - kept[gram]
+            self.levels.insert(0, (kept, total, lost))
+            counts = Counter(gram[1:] for gram in counts)  # how many characters it was seen behind
+
+    def nats(self, text, given=0):
+        """Of each character of text but the given ones, by as much as there is before it."""
+        probabilities = []
+        for i in range(given, len(text)):
+            p = 1 / self.characters
+            for n, (kept, total, lost) in enumerate(self.levels):
+                context = text[max(0, i - n) : i]
+                if context not in total:
+                    break
+                p = (kept.get(context + text[i], 0) + lost[context] * p) / total[context]
+            probabilities.append(p)
+        return -np.log(probabilities)
+
+
+# ---- nats: of real text, exact -----------------------------------------------------------------
+@torch.no_grad()
+def nats_by_hidden(model, window):
+    """Nats per hidden character where 1 to stride neighbours of every stride are hidden, as in
+    training: (stride,)."""
+    ids = model.tokenizer.encode(window).to(model.rope.device)
+    rows = ids.expand(diffusion.stride, -1)  # as many rows as hide() takes to hide each number once
+    inputs = diffusion.hide(rows, model.tokenizer.mask)
+    hidden = inputs == model.tokenizer.mask
+    paid = F.cross_entropy(model(inputs).transpose(1, 2), rows, reduction="none")
+    means = (paid * hidden).sum(1) / hidden.sum(1)
+    return means[hidden.sum(1).argsort()].cpu().numpy()
+
+
+@torch.no_grad()
+def measure_nats(models, train, val, args):
+    size, given = gpt.block_size, gpt.context
+    val_windows = evenly(pieces(val, size, size - given), args.windows)
+    train_windows = evenly(pieces(train, size, size - given), len(val_windows))
+    nanogpt_windows = evenly(pieces(val, size + 1, size), args.windows)  # size inputs and targets
+    totals, details = [], []
+    for name, script, model in models:
+        torch.manual_seed(0)  # each model finds the same characters hidden
+        figures = []
+        for text, windows in ("validation", val_windows), ("training", train_windows):
+            paid = torch.cat([script.score(model, window) for window in windows]).cpu().numpy()
+            figures.append(paid.mean(1))
+            if script is diffusion:
+                by_hidden = np.stack([nats_by_hidden(model, window) for window in windows])
+                details.append((f"{name}, pass of the draft, {text} text", paid))
+                details.append((f"{name}, hidden of each {script.stride}, {text} text", by_hidden))
+        rows = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
+        causal = [gpt.loss_fn(model, ids).item() for ids in rows] if script is gpt else []
+        totals.append((name, *figures, causal))
+    ngram = KneserNey([train], 7, len(set(train + val)))
+    figures = np.array([ngram.nats(window, given).mean() for window in val_windows])
+    totals.append(("7-gram", figures, [], [ngram.nats(w, 1).mean() for w in nanogpt_windows]))
+
+    head("| | validation text | less the first row | training text | nanoGPT's windows |")
+    for name, val_nats, train_nats, nanogpt_nats in totals:
+        difference = less(val_nats, totals[0][1])
+        row(name, mean(val_nats), difference, mean(train_nats), mean(nanogpt_nats))
+    print()
+    head("| | " + " | ".join(map(str, range(1, diffusion.stride + 1))) + " |")
+    for name, figures in sorted(details, key=lambda detail: detail[0]):
+        row(name, *map(mean, figures.T))
+    print(f"\nfloat32, {len(val_windows)} windows, {len(nanogpt_windows)} of nanoGPT's")
+
+
+# ---- text: what the scripts write --------------------------------------------------------------
+def known_words(texts, vocabulary):
+    """The share of the words of texts that are in the vocabulary."""
+    said = words(texts)
+    return sum(word in vocabulary for word in said) / max(1, len(said))
+
+
+def distinct_words(texts):
+    """The share of different words among all words of texts."""
+    said = words(texts)
+    return len(set(said)) / max(1, len(said))
+
+
+def copied_runs(texts, runs):
+    """The share of the runs of 20 characters of texts that are among the given runs."""
+    return np.mean([run in runs for text in texts for run in pieces(text, 20, 1)])
+
+
+def reverse(texts, real, characters):
+    """Nats per character of a real text by a 5-gram of texts. What is not English costs there, and
+    what is never said."""
+    return KneserNey(texts, 5, characters).nats(real).mean()
+
+
+def measure_text(models, train, val, args):
+    stretches = pieces(val, args.length, args.length)
+    real, scored = stretches[::2], "".join(stretches[1::2])  # of the same plays
+    equal = min(args.texts, len(real) // 3)
+    if not equal:
+        raise ValueError("the text is too short: give a smaller --length")
+    real = evenly(real, 3 * equal)
+    vocabulary, runs, characters = set(words([train])), set(pieces(train, 20, 1)), set(train + val)
+
+    def judge(name, temp, passes, samples):
+        same = [texts[:equal] for texts in samples]  # for what depends on how much is written
+        known = mean([known_words(texts, vocabulary) for texts in samples])
+        distinct = mean([distinct_words(texts) for texts in same])
+        copied = mean([copied_runs(texts, runs) for texts in samples], 4)
+        backwards = mean([reverse(texts, scored, len(characters)) for texts in same])
+        row(name, temp, passes, known, distinct, copied, backwards)
+
+    def write_and_judge(name, temp, script, model, *looks):
+        samples, passes = [[], [], []], 0
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for _ in range(args.texts):
+                run = list(script.generate(model, None, args.length, temp, *looks))
+                samples[seed].append(run[-1][0][len(model.prompt) :])
+                passes += len(run)
+        judge(name, temp, f"{passes * 240 / (3 * args.texts * args.length):.1f}", samples)
+
+    head("| | temp | passes per 240 | known words | distinct words | copied runs | reverse |")
+    judge("held-out text", "", "", [real[seed::3] for seed in range(3)])
+    for temp in args.temps:
+        for name, script, model in models:
+            write_and_judge(name, temp, script, model)
+            if script is diffusion and temp == 0.8:
+                write_and_judge(f"{name}, draft alone", temp, script, model, 0)
+                write_and_judge(f"{name}, two second looks", temp, script, model, 2)
+    print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each;")
+    print(f"held-out text, distinct words and reverse: {equal} by each")
+
+
+# ---- infill: hidden words of real text ---------------------------------------------------------
+@torch.no_grad()
+def infill_nats(script, model, text, start, end):
+    """Exact nats per character of text[start:end]. GPT sees the text before it, diffusion all else:
+    it walks the draft, as score() does, over these holes."""
+    rows = model.tokenizer.encode(text)[None].to(model.rope.device)
+    if script is gpt:
+        return F.cross_entropy(model(rows[:, : end - 1])[0, start - 1 :], rows[0, start:end]).item()
+    ids, paid = rows.clone(), 0
+    ids[:, start:end] = model.tokenizer.mask
+    while (holes := ids == model.tokenizer.mask).any():
+        logits = model(ids)
+        comb = diffusion.surest_comb(logits, holes)
+        paid += F.cross_entropy(logits[comb], rows[comb], reduction="sum").item()
+        ids = torch.where(comb, rows, ids)
+    return paid / (end - start)
+
+
+def restored(script, model, text, start, end):
+    """Whether text[start:end] comes back as it was at temperature 0."""
+    if script is gpt:
+        *_, (written, _) = gpt.generate(model, text[:start], end - start, temp=0)
+    else:
+        prompt = text[:start] + "_" * (end - start) + text[end:]
+        *_, (written, _) = diffusion.generate(model, prompt, length=0, temp=0)
+    return written[start:end] == text[start:end]
+
+
+def hidden_words(text, n):
+    """n times a window, and where in its middle a word of 4 to 8 letters starts and ends."""
+    size, half = gpt.block_size, gpt.block_size // 2
+    found = re.finditer(r"[A-Za-z']+", text)
+    found = [word for word in found if word[0].isalpha() and 4 <= len(word[0]) <= 8]
+    found = [word for word in found if half <= word.start() <= len(text) - half]
+    return [(text[w.start() - half :][:size], half, half + len(w[0])) for w in evenly(found, n)]
+
+
+def measure_infill(models, train, val, args):
+    places, first = hidden_words(val, args.words), None
+    head("| | restored whole | nats per hidden character | less the first row |")
+    for name, script, model in models:
+        whole = [restored(script, model, *place) for place in places]
+        nats = np.array([infill_nats(script, model, *place) for place in places])
+        first = nats if first is None else first
+        row(name, mean(whole), mean(nats), less(nats, first))
+    print(f"\nfloat32, {len(places)} words; each counts alike")
+
+
+# ---- speed -------------------------------------------------------------------------------------
+def measure_speed(models, train, val, args):
+    seconds, passes = np.zeros((len(models), args.runs)), [0] * len(models)
+    for i in range(args.runs):
+        for j, (_, script, model) in enumerate(models):
+            began = time.perf_counter()
+            passes[j] = len(list(script.generate(model, None, args.length)))
+            seconds[j, i] = time.perf_counter() - began
+    head("| | passes | seconds | milliseconds per pass | of the first row's seconds |")
+    for (name, *_), count, taken in zip(models, passes, seconds, strict=True):
+        row(name, count, median(taken), median(1000 * taken / count), median(taken / seconds[0]))
+    weight = models[0][2].embed.weight
+    chip = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+    chip = torch.cuda.get_device_name() if weight.is_cuda else chip
+    print(f"\n{args.length} characters, {args.runs} times each in turn: median, least and most;")
+    print(f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, {weight.dtype}")
+
+
+# ---- command line ------------------------------------------------------------------------------
+def main(argv=None):
+    measures = dict(nats=measure_nats, text=measure_text)
+    measures |= dict(infill=measure_infill, speed=measure_speed)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("what", choices=measures)
+    add("--gpt", nargs="*", type=Path, default=[gpt.weights_path], metavar="FILE")
+    add("--diffusion", nargs="*", type=Path, default=[diffusion.weights_path], metavar="FILE")
+    add("--data", type=Path, default=gpt.data_path, metavar="FILE", help="a text of your own")
+    add("--windows", type=int, default=10**6, help="nats: of each text at most, default all")
+    add("--words", type=int, default=200, help="infill: how many (%(default)s)")
+    add("--texts", type=int, default=12, help="text: by each of three seeds (%(default)s)")
+    add("--temps", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0], metavar="T")
+    add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
+    add("--runs", type=int, default=5, help="speed: of each (%(default)s)")
+    args = parser.parse_args(argv)
+    dtype = torch.float32 if args.what in ("nats", "infill") else None  # exact, or as one writes
+    try:
+        models = []
+        for script, paths in (gpt, args.gpt), (diffusion, args.diffusion):
+            for path in paths:
+                name = f"{script.name}.py" if path == script.weights_path else path
+                models.append((f"`{name}`", script, script.load(path, dtype)))
+        measures[args.what](models, *gpt.read_splits(args.data), args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"measure.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
