@@ -322,7 +322,8 @@ def train(data, weights, iters, batch, resume=False, seed=1337):
     run["checksum"] = zlib.crc32((train_text + val_text).encode())
     state_path = weights.with_suffix(".resume")
     state = resume_run(run, state_path) if resume else begin_run(weights, state_path)
-    done, best, parts = state["done"], state["best"], dict(model=model, muon=muon, adamw=adamw)
+    done, best = state["done"], state["best"]
+    parts = dict(model=model, muon=muon, adamw=adamw)
     for key in parts.keys() & state.keys():
         parts[key].load_state_dict(state[key])
 
