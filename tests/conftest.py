@@ -21,12 +21,17 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Shrinks both models; the window stays at 256 characters, 16 of them context."""
+    """Shrinks both models; the window stays at 256 characters, 16 of them context. One thread: at
+    this size more of them wait for each other. Gives back how many there were."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 8}
     sizes |= {"dropout": 0.0, "token_dropout": 0.0, "max_iters": 2, "warmup_iters": 5}
     for module in (gpt, diffusion):
         for key, value in sizes.items():
             monkeypatch.setattr(module, key, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield threads
+    torch.set_num_threads(threads)
 
 
 def random_model(script, chars=CHARS, seed=0):

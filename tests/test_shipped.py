@@ -20,6 +20,7 @@ weights_are_here = pytest.mark.skipif(
 def real(small, monkeypatch):
     """Takes back what conftest.py shrinks."""
     monkeypatch.undo()
+    torch.set_num_threads(small)
 
 
 @text_is_here

@@ -32,8 +32,7 @@ FRAME_ENDS = b"\x1b[?2026l"
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
     """Puts small random models in place of the shipped ones; {name: what its generate() yielded}"""
-    yielded, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # at this size more of them wait for each other
+    yielded = {}
 
     def keep(name, generate):
         def steps(*args):
@@ -47,8 +46,7 @@ def toys(tmp_path, monkeypatch):
         path = checkpoint(random_model(module, CHARS + "é"), tmp_path / f"{module.name}.pt")
         monkeypatch.setattr(module, "weights_path", path)
         monkeypatch.setattr(module, "generate", keep(module.name, module.generate))
-    yield yielded
-    torch.set_num_threads(threads)
+    return yielded
 
 
 class Terminal:
