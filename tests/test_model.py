@@ -74,6 +74,13 @@ def test_token_dropout_blanks_whole_characters_and_in_training_alone(script, mon
     assert not (writing == 0).all(-1).any()
 
 
+def test_a_fresh_block_passes_on_what_it_reads(script):
+    model = script.Model(script.CharTokenizer(CHARS), "")
+    x, rope = torch.randn(2, 64, 16), model.rope[:, :64]
+    args = (x, rope, None) if script is gpt else (x, rope)
+    assert torch.equal(model.blocks[0](*args), x)
+
+
 @pytest.mark.parametrize("branch", ["proj", "down"])
 def test_dropout_zeroes_a_share_of_what_each_branch_adds(script, branch, monkeypatch):
     """The other branch adds nothing here, so half of the stream stays as it was."""
