@@ -245,34 +245,35 @@ def test_own_text_is_never_fetched(script, server, capsys, tmp_path):
     assert "mine.txt" in fails(script, capsys, "--train", "--data", tmp_path / "mine.txt")
 
 
-def test_the_real_script_from_another_folder_with_weights_of_the_other(tmp_path):
+# ---- the real script: one of the two, as these lines are the same in both ----------------------
+def test_from_another_folder_with_weights_of_the_other_script(tmp_path):
     done = run(gpt, "--weights", diffusion.weights_path, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
-def test_ctrl_c_while_writing_leaves_the_text_so_far(script):
-    command = [sys.executable, str(ROOT / f"{script.name}.py"), "--length", "1000000"]
+def test_ctrl_c_while_writing_leaves_the_text_so_far():
+    command = [sys.executable, str(ROOT / "diffusion.py"), "--length", "1000000"]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
-        begun = process.stdout.read(300)
+        begun = process.stdout.read(200)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert begun.startswith("First Citizen") and "_" not in begun + rest
 
 
-def test_what_a_console_cannot_show_ends_nothing(script, tmp_path, monkeypatch):
+def test_what_a_console_cannot_show_ends_nothing(tmp_path, monkeypatch):
     """A model of Greek letters on a console that has none."""
     for key, value in (("n_layer", 6), ("n_head", 6), ("n_embd", 384)):
-        monkeypatch.setattr(script, key, value)
-    weights = checkpoint(random_model(script, chars="αβγ"), tmp_path / "weights.pt")
+        monkeypatch.setattr(gpt, key, value)
+    weights = checkpoint(random_model(gpt, chars="αβγ"), tmp_path / "weights.pt")
     strict = os.environ | {"PYTHONIOENCODING": "cp1252:strict", "PYTHONUTF8": "0"}
-    done = run(script, "--weights", weights, "--prompt", "β", "--length", 2, env=strict)
+    done = run(gpt, "--weights", weights, "--prompt", "β", "--length", 2, env=strict)
     assert (done.returncode, done.stdout) == (0, "???\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
-def test_a_closed_pipe_ends_the_script_quietly(script):
-    command = f"{sys.executable} {script.name}.py --length 400 | head -c 20"
+def test_a_closed_pipe_ends_the_script_quietly():
+    command = f"{sys.executable} gpt.py --length 400 | head -c 20"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=99)
     assert done.stdout.startswith("First Citizen") and done.stderr == ""

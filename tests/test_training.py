@@ -102,17 +102,18 @@ def train(script, toy, *args):
 
 
 def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch):
-    monkeypatch.setattr(script, "eval_interval", 60)
-    train(script, toy, "--iters", 120 if script is gpt else 180, "--seed", 1)
+    monkeypatch.setattr(script, "eval_interval", 80)
+    train(script, toy, "--iters", 80 if script is gpt else 160, "--seed", 1)
     model = script.load(toy[1])
     score = script.evaluate(model, doubled_letters(200, seed=1))
     assert math.log(4) / 3 < score < 0.6  # no model can pass the entropy, 0.46; log(5) is 1.61
-    *_, (text, _) = script.generate(model, "aa bb ", 300)
+    *_, (text, _) = script.generate(model, length=300)
     words = text.split()[:-1]
-    assert sum(len(w) == 2 and w[0] == w[1] for w in words) / len(words) > 0.85
+    right = sum(len(w) == 2 and w[0] == w[1] for w in words) / len(words)
+    assert right > 0.85, words
     assert len({word[0] for word in words}) == 4
     output = capsys.readouterr()
-    assert output.out.count("nats per character") == (2 if script is gpt else 3)
+    assert output.out.count("nats per character") == (1 if script is gpt else 2)
     assert "aa " in output.out and str(toy[1]) in output.err
     assert [path.name for path in toy[1].parent.iterdir()] == ["weights.pt"]
 
