@@ -102,7 +102,6 @@ class KneserNey:
 
 
 # ---- nats: of real text, exact -----------------------------------------------------------------
-@torch.no_grad()
 def nats_by_hidden(model, window):
     """Nats per hidden character where 1 to stride neighbours of every stride are hidden, as in
     training: (stride,)."""
@@ -118,25 +117,25 @@ def nats_by_hidden(model, window):
 @torch.no_grad()
 def measure_nats(models, train, val, args):
     size, given = gpt.block_size, gpt.context
-    val_windows = evenly(pieces(val, size, size - given), args.windows)
-    train_windows = evenly(pieces(train, size, size - given), len(val_windows))
-    nanogpt_windows = evenly(pieces(val, size + 1, size), args.windows)  # size inputs and targets
+    texts = {"validation": val, "training": train[-len(val) :]}
+    windows = {name: pieces(text, size, size - given) for name, text in texts.items()}
+    nanogpt_windows = pieces(val, size + 1, size)  # inputs and targets
     totals, details = [], []
     for name, script, model in models:
         torch.manual_seed(0)  # each model finds the same characters hidden
         figures = []
-        for text, windows in ("validation", val_windows), ("training", train_windows):
-            paid = torch.cat([script.score(model, window) for window in windows]).cpu().numpy()
+        for kind, text in texts.items():
+            paid = script.score(model, text).cpu().numpy()
             figures.append(paid.mean(1))
             if script is diffusion:
-                by_hidden = np.stack([nats_by_hidden(model, window) for window in windows])
-                details.append((f"{name}, pass of the draft, {text} text", paid))
-                details.append((f"{name}, hidden of each {script.stride}, {text} text", by_hidden))
+                by_hidden = np.stack([nats_by_hidden(model, window) for window in windows[kind]])
+                details.append((f"{name}, pass of the draft, {kind} text", paid))
+                details.append((f"{name}, hidden of each {script.stride}, {kind} text", by_hidden))
         rows = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
-        causal = [gpt.loss_fn(model, ids).item() for ids in rows] if script is gpt else []
-        totals.append((name, *figures, causal))
+        figures.append([gpt.loss_fn(model, ids).item() for ids in rows if script is gpt])
+        totals.append((name, *figures))
     ngram = KneserNey([train], 7, len(set(train + val)))
-    figures = np.array([ngram.nats(window, given).mean() for window in val_windows])
+    figures = np.array([ngram.nats(window, given).mean() for window in windows["validation"]])
     totals.append(("7-gram", figures, [], [ngram.nats(w, 1).mean() for w in nanogpt_windows]))
 
     head("| | validation text | less the first row | training text | nanoGPT's windows |")
@@ -147,7 +146,7 @@ def measure_nats(models, train, val, args):
     head("| | " + " | ".join(map(str, range(1, diffusion.stride + 1))) + " |")
     for name, figures in sorted(details, key=lambda detail: detail[0]):
         row(name, *map(mean, figures.T))
-    print(f"\nfloat32, {len(val_windows)} windows, {len(nanogpt_windows)} of nanoGPT's")
+    print(f"\nfloat32, {len(windows['training'])} windows, {len(nanogpt_windows)} of nanoGPT's")
 
 
 # ---- text: what the scripts write --------------------------------------------------------------
@@ -175,42 +174,36 @@ def reverse(texts, real, characters):
 
 
 def measure_text(models, train, val, args):
-    stretches = pieces(val, args.length, args.length)
-    real, scored = stretches[::2], "".join(stretches[1::2])  # of the same plays
-    equal = min(args.texts, len(real) // 3)
-    if not equal:
-        raise ValueError("the text is too short: give a smaller --length")
-    real = evenly(real, 3 * equal)
+    stretches, n = pieces(val, args.length, args.length), 3 * args.texts
+    real, scored = evenly(stretches[::2], n), "".join(stretches[1::2])  # of the same plays
+    if len(real) < n:
+        raise ValueError("the text is too short: give a smaller --length or --texts")
     vocabulary, runs, characters = set(words([train])), set(pieces(train, 20, 1)), set(train + val)
 
     def judge(name, temp, passes, samples):
-        same = [texts[:equal] for texts in samples]  # for what depends on how much is written
         known = mean([known_words(texts, vocabulary) for texts in samples])
-        distinct = mean([distinct_words(texts) for texts in same])
+        distinct = mean([distinct_words(texts) for texts in samples])
         copied = mean([copied_runs(texts, runs) for texts in samples], 4)
-        backwards = mean([reverse(texts, scored, len(characters)) for texts in same])
+        backwards = mean([reverse(texts, scored, len(characters)) for texts in samples])
         row(name, temp, passes, known, distinct, copied, backwards)
-
-    def write_and_judge(name, temp, script, model, *looks):
-        samples, passes = [[], [], []], 0
-        for seed in range(3):
-            torch.manual_seed(seed)
-            for _ in range(args.texts):
-                run = list(script.generate(model, None, args.length, temp, *looks))
-                samples[seed].append(run[-1][0][len(model.prompt) :])
-                passes += len(run)
-        judge(name, temp, f"{passes * 240 / (3 * args.texts * args.length):.1f}", samples)
 
     head("| | temp | passes per 240 | known words | distinct words | copied runs | reverse |")
     judge("held-out text", "", "", [real[seed::3] for seed in range(3)])
     for temp in args.temps:
         for name, script, model in models:
-            write_and_judge(name, temp, script, model)
+            variants = {name: []}  # by how many second looks
             if script is diffusion and temp == 0.8:
-                write_and_judge(f"{name}, draft alone", temp, script, model, 0)
-                write_and_judge(f"{name}, two second looks", temp, script, model, 2)
-    print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each;")
-    print(f"held-out text, distinct words and reverse: {equal} by each")
+                variants |= {f"{name}, draft alone": [0], f"{name}, two second looks": [2]}
+            for variant, looks in variants.items():
+                samples, passes = [[], [], []], 0
+                for seed in range(3):
+                    torch.manual_seed(seed)
+                    for _ in range(args.texts):
+                        yields = list(script.generate(model, None, args.length, temp, *looks))
+                        samples[seed].append(yields[-1][0][len(model.prompt) :])
+                        passes += len(yields)
+                judge(variant, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
+    print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
 
 
 # ---- infill: hidden words of real text ---------------------------------------------------------
@@ -289,9 +282,8 @@ def main(argv=None):
     add("--gpt", nargs="*", type=Path, default=[gpt.weights_path], metavar="FILE")
     add("--diffusion", nargs="*", type=Path, default=[diffusion.weights_path], metavar="FILE")
     add("--data", type=Path, default=gpt.data_path, metavar="FILE", help="a text of your own")
-    add("--windows", type=int, default=10**6, help="nats: of each text at most, default all")
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
-    add("--texts", type=int, default=12, help="text: by each of three seeds (%(default)s)")
+    add("--texts", type=int, default=8, help="text: by each of three seeds (%(default)s)")
     add("--temps", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0], metavar="T")
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")

@@ -1,13 +1,11 @@
 """The command line: what it writes where, bad input, Ctrl-C, fetching data.txt."""
 
 import hashlib
-import http.server
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -191,57 +189,37 @@ def test_a_byte_order_mark_is_no_character(script, here):
     assert "".join(script.read_splits(script.data_path)) == TEXT
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT as /good, something else as /wrong, half of it as /cut, and nothing else."""
-
-    CONTENT = 2 * TEXT.encode()
-
-    def do_GET(self):
-        body = {"/good": self.CONTENT, "/wrong": b"<html>", "/cut": self.CONTENT}.get(self.path)
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write((body or b"")[: len(self.CONTENT) // (1 + (self.path == "/cut"))])
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(script, here, monkeypatch):
-    """Lets the script fetch its data from a server on this machine; returns a switch of address."""
+def source(script, here, monkeypatch):
+    """What the script fetches where there is no data.txt: a file that holds what it should."""
+    source = here / "source.txt"
+    source.write_bytes(script.data_path.read_bytes())
     script.data_path.unlink()
-    monkeypatch.setattr(script, "data_sha256", hashlib.sha256(Server.CONTENT).hexdigest())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        address = f"http://127.0.0.1:{running.server_port}"
-        yield lambda page: monkeypatch.setattr(script, "data_url", address + page)
-        running.shutdown()
+    monkeypatch.setattr(script, "data_url", source.as_uri())
+    monkeypatch.setattr(script, "data_sha256", hashlib.sha256(source.read_bytes()).hexdigest())
+    return source
 
 
-def test_missing_data_is_fetched(script, server, capsys):
-    server("/good")
+def test_missing_data_is_fetched_once(script, source, capsys):
     script.main(["--eval"])
-    assert script.data_path.read_text() == 2 * TEXT and "nats" in capsys.readouterr().out
-    server("/wrong")
-    script.main(["--eval"])  # and only once
+    assert script.data_path.read_text() == TEXT and "nats" in capsys.readouterr().out
+    source.unlink()
+    script.main(["--eval"])
 
 
-@pytest.mark.parametrize("page", ["/wrong", "/missing", "/cut"])
-def test_fetching_the_wrong_thing_leaves_nothing(script, server, capsys, page):
-    server(page)
+@pytest.mark.parametrize("fault", ["wrong", "cut", "missing", "offline"])
+def test_fetching_the_wrong_thing_leaves_nothing(script, source, capsys, monkeypatch, fault):
+    if fault == "missing":
+        source.unlink()
+    elif fault == "offline":  # nobody listens there
+        monkeypatch.setattr(script, "data_url", "http://127.0.0.1:1/data.txt")
+    else:
+        source.write_bytes(b"<html>" if fault == "wrong" else source.read_bytes()[:-1])
     line = fails(script, capsys, "--train")
-    assert page in line and f"save it as {script.data_path}" in line
+    assert script.data_url in line and f"save it as {script.data_path}" in line
 
 
-def test_no_connection_says_what_to_put_where(script, server, capsys, monkeypatch):
-    monkeypatch.setattr(script, "data_url", "http://127.0.0.1:1/data.txt")  # nobody listens there
-    line = fails(script, capsys, "--train")
-    assert "http://127.0.0.1:1/data.txt" in line and f"save it as {script.data_path}" in line
-
-
-def test_own_text_is_never_fetched(script, server, capsys, tmp_path):
-    server("/good")
+def test_own_text_is_never_fetched(script, source, capsys, tmp_path):
     assert "mine.txt" in fails(script, capsys, "--train", "--data", tmp_path / "mine.txt")
 
 

@@ -172,7 +172,7 @@ def test_nats_are_those_of_the_scripts_and_of_the_n_gram_on_the_validation_text(
 def test_held_out_text_scores_another_and_equal_amounts_are_compared(files, capsys, monkeypatch):
     calls, reverse = [], measure.reverse
     monkeypatch.setattr(measure, "reverse", lambda *args: calls.append(args) or reverse(*args))
-    measure.main(["text", *files, "--temps", "0.8", "--texts", "2", "--length", "100"])
+    measure.main(["text", *files, "--temps", "0.8", "--texts", "1", "--length", "100"])
     (rows,) = tables(capsys)
     assert [cells[2] for cells in rows] == ["", "240.0", "38.4", "19.2", "57.6"]
     assert rows[0][3] == "1.000 ± 0.000" and len(calls) == 3 * len(rows)
@@ -181,6 +181,9 @@ def test_held_out_text_scores_another_and_equal_amounts_are_compared(files, caps
     assert all(len(texts) == 1 and len(texts[0]) == 100 for texts, _, _ in calls)
     assert all(texts[0] in stretches[::2] for texts, _, _ in calls[:3])
     assert len({texts[0] for texts, _, _ in calls}) == len(calls)
+    with pytest.raises(SystemExit):
+        measure.main(["text", *files, "--length", "100"])
+    assert "too short" in capsys.readouterr().err
 
 
 def test_infill_and_speed_print_a_table(files, capsys):

@@ -118,30 +118,20 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch
     assert [path.name for path in toy[1].parent.iterdir()] == ["weights.pt"]
 
 
-def test_the_command_line_sets_iterations_and_batch(script, toy, monkeypatch):
-    shapes, loss_fn = [], script.loss_fn
+def test_rows_are_as_many_as_asked_and_never_of_the_validation_text(script, toy, monkeypatch):
+    """The last tenth is all z, which no row of training may hold; the nine before it end in y."""
+    text, shapes, seen, loss_fn = doubled_letters(400), [], set(), script.loss_fn
+    toy[0].write_text(text[:1070] + "yyyyyyyyyy" + 120 * "z")
 
     def watch(model, rows):
         shapes.append(tuple(rows.shape))
+        seen.update(model.tokenizer.decode(rows.flatten()))
         assert model.training
         return loss_fn(model, rows)
 
     monkeypatch.setattr(script, "loss_fn", watch)
-    train(script, toy, "--iters", 3, "--batch", 5)
-    assert shapes == [(5, 49)] * 3
-
-
-def test_validation_text_is_never_trained_on(script, toy, monkeypatch):
-    """The last tenth is all z, which no row of training may hold; the nine before it end in y."""
-    text, seen, loss_fn = doubled_letters(400), set(), script.loss_fn
-    toy[0].write_text(text[:1070] + "yyyyyyyyyy" + 120 * "z")
-
-    def watch(model, rows):
-        seen.update(model.tokenizer.decode(rows.flatten()))
-        return loss_fn(model, rows)
-
-    monkeypatch.setattr(script, "loss_fn", watch)
-    train(script, toy, "--iters", 40)
+    train(script, toy, "--iters", 60, "--batch", 20)
+    assert shapes == [(20, 49)] * 60
     assert seen == set("abcdy ") and "z" in script.load(toy[1]).tokenizer.chars
 
 
