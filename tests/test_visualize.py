@@ -1,12 +1,12 @@
-"""visualize.py in a pseudo-terminal: pyte, a terminal emulator, says what the screen shows."""
+"""visualize.py in a terminal: pyte, which emulates one, says what the screen shows."""
 
+import io
 import os
 import re
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from itertools import islice
@@ -25,7 +25,6 @@ pyte, pty, termios = map(pytest.importorskip, ("pyte", "pty", "termios"))
 
 PROMPT = "once upon a time"  # the toys' own
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l"
-FRAME_ENDS = b"\x1b[?2026l"
 
 
 # ---- toys and terminals ------------------------------------------------------------------------
@@ -49,66 +48,53 @@ def toys(tmp_path, monkeypatch):
     return yielded
 
 
-class Terminal:
-    """A pseudo-terminal; a thread reads what is written to its inner end."""
+class Terminal(io.TextIOWrapper):
+    """Standard output that says it is a terminal, and keeps what it gets."""
 
-    def __init__(self, columns, lines):
-        self.outer, self.inner = pty.openpty()
-        self.resize(columns, lines)
-        self.output, self.more = bytearray(), threading.Condition()
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
+    def isatty(self):
+        return True
 
-    def resize(self, columns, lines):
-        fcntl.ioctl(self.outer, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    def fileno(self):
+        return 1
 
-    def read(self):
-        with suppress(OSError):  # Linux: nobody has the inner end open any more
-            while chunk := os.read(self.outer, 65536):
-                with self.more:
-                    self.output += chunk
-                    self.more.notify()
 
-    def wait(self, condition):
-        with self.more:
-            assert self.more.wait_for(lambda: condition(self.output), 30), self.output[-2000:]
-
-    def end(self, encoding="utf-8"):
-        """The frames, and what is left on the screen: it has to be given back as it was."""
-        self.reader.join(30)
-        os.close(self.outer)
-        output = self.output.decode(encoding).replace("\r\n", "\n")
-        before, _, rest = output.rpartition(LEAVE)
-        start, _, replay = before.partition(ENTER)
-        given_back = "\x1b[?" not in start + rest
-        assert given_back  # pytest would compare megabytes to explain the line above
-        frames = re.findall(r"\x1b\[\?2026h(.*?)\x1b\[\?2026l", replay, re.S)
-        return SimpleNamespace(output=output, frames=frames, rest=rest)
+def replay(output):
+    """The frames, and what is left on the screen: it has to be given back as it was."""
+    before, _, rest = output.rpartition(LEAVE)
+    start, _, played = before.partition(ENTER)
+    assert "\x1b[?" not in start + rest
+    frames = re.findall(r"\x1b\[\?2026h(.*?)\x1b\[\?2026l", played, re.S)
+    return SimpleNamespace(output=output, frames=frames, rest=rest)
 
 
 @pytest.fixture
 def play(toys, monkeypatch):
-    """Runs main() in a terminal, without its naps; after(n, terminal) follows frame n."""
+    """Runs main() in a terminal, without its naps; each frame finds it of the next of the sizes,
+    and after(n) follows frame n."""
 
-    def play(*args, size=(80, 24), after=lambda n, terminal: None, encoding="utf-8", **env):
-        terminal, naps, code = Terminal(*size), [], 0
+    def play(*args, sizes=((80, 24),), after=lambda n: None, encoding="utf-8", **env):
+        stdout, naps, code = Terminal(io.BytesIO(), encoding), [], 0
+
+        def size(_):
+            return os.terminal_size(sizes[len(naps) % len(sizes)])
 
         def nap(seconds):
-            terminal.wait(lambda output: output.endswith(FRAME_ENDS))
             naps.append(seconds)
-            after(len(naps), terminal)
+            after(len(naps))
 
-        with monkeypatch.context() as patch, open(terminal.inner, "w", encoding=encoding) as stdout:
+        with monkeypatch.context() as patch:
             patch.delenv("NO_COLOR", raising=False)
             for name, value in ({"TERM": "xterm"} | env).items():
                 patch.setenv(name, value)
             patch.setattr(sys, "stdout", stdout)
             patch.setattr(time, "sleep", nap)
+            patch.setattr(os, "get_terminal_size", size)
             try:
                 visualize.main(args)
             except (SystemExit, ZeroDivisionError) as error:
                 code = getattr(error, "code", "error")
-        run = terminal.end(encoding)
+        stdout.flush()
+        run = replay(stdout.buffer.getvalue().decode(encoding))
         run.naps, run.code = naps, code
         return run
 
@@ -140,7 +126,7 @@ def marked(text, begin, final_text, width):
 # ---- a replay ----------------------------------------------------------------------------------
 def test_both_panes_show_each_pass_where_the_final_text_has_it(play, toys, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: sum(map(len, toys.values())) / 2)
-    run = play("--compare", "--blocks", "2", "--fps", "50", size=(120, 150))
+    run = play("--compare", "--blocks", "2", "--fps", "50", sizes=[(120, 150)])
     assert (run.code, len(run.frames)) == (0, 481)  # GPT's passes, and one that says done
     assert run.naps == [1 / 50] * 481 + [1]
     assert run.rest == "".join(f"{steps[-1][0]}\n" for steps in toys.values())
@@ -178,11 +164,7 @@ def test_both_panes_show_each_pass_where_the_final_text_has_it(play, toys, monke
 def test_a_frame_follows_the_size_and_keeps_the_block_in_view(play, toys):
     """The size changes after each frame: columns, lines, columns of a pane, its rows of text."""
     sizes = [(40, 12, 40, 3), (99, 25, 99, 9), (100, 12, 48, 9), (200, 60, 98, 57), (20, 5, 20, 1)]
-    run = play(
-        *("--compare", "--blocks", "2"),
-        size=sizes[0][:2],
-        after=lambda n, terminal: terminal.resize(*sizes[n % 5][:2]),
-    )
+    run = play("--compare", "--blocks", "2", sizes=[size[:2] for size in sizes])
     for i in [*range(35), *range(250, 255), *range(475, 480)]:
         columns, lines, width, space = sizes[i % 5]
         rows, beside = screen(run.frames[i : i + 1], columns, lines), columns >= 100
@@ -204,7 +186,7 @@ def test_holes_of_the_prompt_are_filled_without_colour(play):
     """The first block is in view though screens of prompt follow it, and has its second look though
     there are holes behind it."""
     prompt = "once\n_pon_a" + " time" * 200 + "_e_nd_"
-    run = play("--prompt", prompt, "--blocks", "1", size=(40, 12), NO_COLOR="1")
+    run = play("--prompt", prompt, "--blocks", "1", sizes=[(40, 12)], NO_COLOR="1")
     assert re.fullmatch(prompt.replace("_", "[^_]") + "[^_]{240}\n", run.rest)
     codes = {c for codes in re.findall(r"\x1b\[([\d;]*)m", run.output) for c in codes.split(";")}
     assert codes == {"", "1", "2", "7"}  # bold, dim, reverse
@@ -225,7 +207,7 @@ def test_a_replay_that_is_stopped_leaves_the_texts_so_far(code, stop, play, toys
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = ("--compare", "--blocks", "1", "--prompt", "é once")
-        run = play(*args, after=lambda n, _: n == 3 and stop(), encoding="ascii")
+        run = play(*args, after=lambda n: n == 3 and stop(), encoding="ascii")
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -245,18 +227,25 @@ ENVIRONMENT = os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"}
 
 
 def test_ctrl_c_in_the_middle_gives_the_terminal_back():
-    terminal = Terminal(80, 24)
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.inner)
+    """A real one, of 70 x 20 characters."""
+    outer, inner = pty.openpty()
+    fcntl.ioctl(outer, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 70, 0, 0))
+    streams, output = dict.fromkeys(("stdin", "stdout", "stderr"), inner), b""
     with subprocess.Popen(COMMAND, env=ENVIRONMENT, **streams) as process:
-        os.close(terminal.inner)
-        terminal.wait(lambda output: output.count(FRAME_ENDS) >= 2)
+        os.close(inner)
+        while output.count(b"\x1b[?2026l") < 2:
+            output += os.read(outer, 65536)
         process.send_signal(signal.SIGINT)
-    run = terminal.end()
-    assert process.returncode == 130
+        with suppress(OSError):  # Linux: nobody has the inner end open any more
+            while chunk := os.read(outer, 65536):
+                output += chunk
+    os.close(outer)
+    run = replay(output.decode().replace("\r\n", "\n"))
+    assert process.returncode == 130 and "Traceback" not in run.output
+    screen(run.frames, 70, 20)
     figures, _, text = run.rest.lstrip().partition("\n")
     assert figures.split()[:3] == ["diffusion", str(len(run.frames)), "passes"]
     assert text.startswith("First Citizen:\n") and text.endswith("\n") and "_" in text
-    assert "Traceback" not in run.output
 
 
 def test_a_pipe_that_closes_ends_it_quietly():
