@@ -93,7 +93,7 @@ def toy(monkeypatch, tmp_path, script):
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
     data.write_text(doubled_letters(1500))
-    return data, tmp_path / "new" / "weights.pt"
+    return data, tmp_path / "new" / "folder" / "weights.pt"
 
 
 def train(script, toy, *args):
