@@ -132,8 +132,8 @@ def measure_nats(models, train, val, args):
                 details.append((f"{name}, pass of the draft, {kind} text", paid))
                 details.append((f"{name}, hidden of each {script.stride}, {kind} text", by_hidden))
         rows = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
-        figures.append([gpt.loss_fn(model, ids).item() for ids in rows if script is gpt])
-        totals.append((name, *figures))
+        causal = [gpt.loss_fn(model, ids).item() for ids in rows] if script is gpt else []
+        totals.append((name, *figures, causal))
     ngram = KneserNey([train], 7, len(set(train + val)))
     figures = np.array([ngram.nats(window, given).mean() for window in windows["validation"]])
     totals.append(("7-gram", figures, [], [ngram.nats(w, 1).mean() for w in nanogpt_windows]))
@@ -187,22 +187,24 @@ def measure_text(models, train, val, args):
         backwards = mean([reverse(texts, scored, len(characters)) for texts in samples])
         row(name, temp, passes, known, distinct, copied, backwards)
 
+    def write_and_judge(name, temp, script, model, *looks):
+        samples, passes = [[], [], []], 0
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for _ in range(args.texts):
+                yields = list(script.generate(model, None, args.length, temp, *looks))
+                samples[seed].append(yields[-1][0][len(model.prompt) :])
+                passes += len(yields)
+        judge(name, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
+
     head("| | temp | passes per 240 | known words | distinct words | copied runs | reverse |")
     judge("held-out text", "", "", [real[seed::3] for seed in range(3)])
     for temp in args.temps:
         for name, script, model in models:
-            variants = {name: []}  # by how many second looks
+            write_and_judge(name, temp, script, model)
             if script is diffusion and temp == 0.8:
-                variants |= {f"{name}, draft alone": [0], f"{name}, two second looks": [2]}
-            for variant, looks in variants.items():
-                samples, passes = [[], [], []], 0
-                for seed in range(3):
-                    torch.manual_seed(seed)
-                    for _ in range(args.texts):
-                        yields = list(script.generate(model, None, args.length, temp, *looks))
-                        samples[seed].append(yields[-1][0][len(model.prompt) :])
-                        passes += len(yields)
-                judge(variant, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
+                write_and_judge(f"{name}, draft alone", temp, script, model, 0)
+                write_and_judge(f"{name}, two second looks", temp, script, model, 2)
     print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
 
 

@@ -25,6 +25,7 @@ pyte, pty, termios = map(pytest.importorskip, ("pyte", "pty", "termios"))
 
 PROMPT = "once upon a time"  # the toys' own
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l"
+FRAME_ENDS = b"\x1b[?2026l"
 
 
 # ---- toys and terminals ------------------------------------------------------------------------
@@ -62,7 +63,8 @@ def replay(output):
     """The frames, and what is left on the screen: it has to be given back as it was."""
     before, _, rest = output.rpartition(LEAVE)
     start, _, played = before.partition(ENTER)
-    assert "\x1b[?" not in start + rest
+    given_back = "\x1b[?" not in start + rest
+    assert given_back  # pytest would compare megabytes to explain the line above
     frames = re.findall(r"\x1b\[\?2026h(.*?)\x1b\[\?2026l", played, re.S)
     return SimpleNamespace(output=output, frames=frames, rest=rest)
 
@@ -79,6 +81,7 @@ def play(toys, monkeypatch):
             return os.terminal_size(sizes[len(naps) % len(sizes)])
 
         def nap(seconds):
+            assert stdout.buffer.getbuffer()[-8:] == FRAME_ENDS  # is out, not waiting to be flushed
             naps.append(seconds)
             after(len(naps))
 
@@ -233,7 +236,7 @@ def test_ctrl_c_in_the_middle_gives_the_terminal_back():
     streams, output = dict.fromkeys(("stdin", "stdout", "stderr"), inner), b""
     with subprocess.Popen(COMMAND, env=ENVIRONMENT, **streams) as process:
         os.close(inner)
-        while output.count(b"\x1b[?2026l") < 2:
+        while output.count(FRAME_ENDS) < 2:
             output += os.read(outer, 65536)
         process.send_signal(signal.SIGINT)
         with suppress(OSError):  # Linux: nobody has the inner end open any more
@@ -242,7 +245,8 @@ def test_ctrl_c_in_the_middle_gives_the_terminal_back():
     os.close(outer)
     run = replay(output.decode().replace("\r\n", "\n"))
     assert process.returncode == 130 and "Traceback" not in run.output
-    screen(run.frames, 70, 20)
+    assert len(string(screen(run.frames, 70, 20)[2])) == 70  # the bar
+    assert all(frame.count("\x1b[K") == 20 for frame in run.frames)
     figures, _, text = run.rest.lstrip().partition("\n")
     assert figures.split()[:3] == ["diffusion", str(len(run.frames)), "passes"]
     assert text.startswith("First Citizen:\n") and text.endswith("\n") and "_" in text
