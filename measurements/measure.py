@@ -36,14 +36,11 @@ def row(*cells):
 
 
 def mean(values, digits=3, sign=""):
-    """The mean of numbers and its standard error, if there are any."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) else 0
-    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}" if len(values) else ""
-
-
-def less(values, others):
-    """The mean of the differences of pairs and its standard error."""
-    return "" if values is others else mean(values - others, sign="+")
+    """The mean of numbers and its standard error; nothing of none."""
+    if not len(values):
+        return ""
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def median(values):
@@ -87,10 +84,10 @@ class KneserNey:
             self.levels.insert(0, (kept, total, lost))
             counts = Counter(gram[1:] for gram in counts)  # how many characters it was seen behind
 
-    def nats(self, text, given=0):
-        """Of each character of text but the given ones, by as much as there is before it."""
+    def nats(self, text):
+        """Of each character of text, by as much as there is before it."""
         probabilities = []
-        for i in range(given, len(text)):
+        for i in range(len(text)):
             p = 1 / self.characters
             for n, (kept, total, lost) in enumerate(self.levels):
                 context = text[max(0, i - n) : i]
@@ -131,16 +128,18 @@ def measure_nats(models, train, val, args):
                 by_hidden = np.stack([nats_by_hidden(model, window) for window in windows[kind]])
                 details.append((f"{name}, pass of the draft, {kind} text", paid))
                 details.append((f"{name}, hidden of each {script.stride}, {kind} text", by_hidden))
-        rows = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
-        causal = [gpt.loss_fn(model, ids).item() for ids in rows] if script is gpt else []
+        causal = []
+        if script is gpt:
+            rows = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
+            causal = [gpt.loss_fn(model, ids).item() for ids in rows]
         totals.append((name, *figures, causal))
     ngram = KneserNey([train], 7, len(set(train + val)))
-    figures = np.array([ngram.nats(window, given).mean() for window in windows["validation"]])
-    totals.append(("7-gram", figures, [], [ngram.nats(w, 1).mean() for w in nanogpt_windows]))
+    figures = np.array([ngram.nats(window)[given:].mean() for window in windows["validation"]])
+    totals.append(("7-gram", figures, [], [ngram.nats(w)[1:].mean() for w in nanogpt_windows]))
 
     head("| | validation text | less the first row | training text | nanoGPT's windows |")
     for name, val_nats, train_nats, nanogpt_nats in totals:
-        difference = less(val_nats, totals[0][1])
+        difference = mean(val_nats - totals[0][1], sign="+")
         row(name, mean(val_nats), difference, mean(train_nats), mean(nanogpt_nats))
     print()
     head("| | " + " | ".join(map(str, range(1, diffusion.stride + 1))) + " |")
@@ -150,27 +149,15 @@ def measure_nats(models, train, val, args):
 
 
 # ---- text: what the scripts write --------------------------------------------------------------
-def known_words(texts, vocabulary):
-    """The share of the words of texts that are in the vocabulary."""
+def judge(texts, vocabulary, runs, real, characters):
+    """Of the words of texts, the share that is in the vocabulary and the share of different ones;
+    of their runs of 20 characters, the share that is among the given ones; and nats per character
+    of a real text by a 5-gram of texts: what is not English costs there, and what is never said."""
     said = words(texts)
-    return sum(word in vocabulary for word in said) / max(1, len(said))
-
-
-def distinct_words(texts):
-    """The share of different words among all words of texts."""
-    said = words(texts)
-    return len(set(said)) / max(1, len(said))
-
-
-def copied_runs(texts, runs):
-    """The share of the runs of 20 characters of texts that are among the given runs."""
-    return np.mean([run in runs for text in texts for run in pieces(text, 20, 1)])
-
-
-def reverse(texts, real, characters):
-    """Nats per character of a real text by a 5-gram of texts. What is not English costs there, and
-    what is never said."""
-    return KneserNey(texts, 5, characters).nats(real).mean()
+    known = sum(word in vocabulary for word in said) / max(1, len(said))
+    distinct = len(set(said)) / max(1, len(said))
+    copied = np.mean([run in runs for text in texts for run in pieces(text, 20, 1)])
+    return known, distinct, copied, KneserNey(texts, 5, characters).nats(real).mean()
 
 
 def measure_text(models, train, val, args):
@@ -180,14 +167,12 @@ def measure_text(models, train, val, args):
         raise ValueError("the text is too short: give a smaller --length or --texts")
     vocabulary, runs, characters = set(words([train])), set(pieces(train, 20, 1)), set(train + val)
 
-    def judge(name, temp, passes, samples):
-        known = mean([known_words(texts, vocabulary) for texts in samples])
-        distinct = mean([distinct_words(texts) for texts in samples])
-        copied = mean([copied_runs(texts, runs) for texts in samples], 4)
-        backwards = mean([reverse(texts, scored, len(characters)) for texts in samples])
-        row(name, temp, passes, known, distinct, copied, backwards)
+    def judged(name, temp, passes, samples):
+        figures = [judge(texts, vocabulary, runs, scored, len(characters)) for texts in samples]
+        known, distinct, copied, reverse = zip(*figures, strict=True)
+        row(name, temp, passes, mean(known), mean(distinct), mean(copied, 4), mean(reverse))
 
-    def write_and_judge(name, temp, script, model, *looks):
+    def written(name, temp, script, model, *looks):
         samples, passes = [[], [], []], 0
         for seed in range(3):
             torch.manual_seed(seed)
@@ -195,16 +180,16 @@ def measure_text(models, train, val, args):
                 yields = list(script.generate(model, None, args.length, temp, *looks))
                 samples[seed].append(yields[-1][0][len(model.prompt) :])
                 passes += len(yields)
-        judge(name, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
+        judged(name, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
 
     head("| | temp | passes per 240 | known words | distinct words | copied runs | reverse |")
-    judge("held-out text", "", "", [real[seed::3] for seed in range(3)])
+    judged("held-out text", "", "", [real[seed::3] for seed in range(3)])
     for temp in args.temps:
         for name, script, model in models:
-            write_and_judge(name, temp, script, model)
+            written(name, temp, script, model)
             if script is diffusion and temp == 0.8:
-                write_and_judge(f"{name}, draft alone", temp, script, model, 0)
-                write_and_judge(f"{name}, two second looks", temp, script, model, 2)
+                written(f"{name}, draft alone", temp, script, model, 0)
+                written(f"{name}, two second looks", temp, script, model, 2)
     print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
 
 
@@ -252,7 +237,7 @@ def measure_infill(models, train, val, args):
         whole = [restored(script, model, *place) for place in places]
         nats = np.array([infill_nats(script, model, *place) for place in places])
         first = nats if first is None else first
-        row(name, mean(whole), mean(nats), less(nats, first))
+        row(name, mean(whole), mean(nats), mean(nats - first, sign="+"))
     print(f"\nfloat32, {len(places)} words; each counts alike")
 
 
@@ -267,11 +252,11 @@ def measure_speed(models, train, val, args):
     head("| | passes | seconds | milliseconds per pass | of the first row's seconds |")
     for (name, *_), count, taken in zip(models, passes, seconds, strict=True):
         row(name, count, median(taken), median(1000 * taken / count), median(taken / seconds[0]))
-    weight = models[0][2].embed.weight
+    device, dtype = gpt.best_device()
     chip = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
-    chip = torch.cuda.get_device_name() if weight.is_cuda else chip
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else chip
     print(f"\n{args.length} characters, {args.runs} times each in turn: median, least and most;")
-    print(f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, {weight.dtype}")
+    print(f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -285,7 +270,7 @@ def main(argv=None):
     add("--diffusion", nargs="*", type=Path, default=[diffusion.weights_path], metavar="FILE")
     add("--data", type=Path, default=gpt.data_path, metavar="FILE", help="a text of your own")
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
-    add("--texts", type=int, default=8, help="text: by each of three seeds (%(default)s)")
+    add("--texts", type=int, default=4, help="text: by each of three seeds (%(default)s)")
     add("--temps", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0], metavar="T")
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")

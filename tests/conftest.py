@@ -1,7 +1,5 @@
 """What the tests share: both scripts at a small size, models with random or known weights."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,13 +53,30 @@ class Fake(torch.nn.Module):
         return self.logits(ids) if callable(self.logits) else self.logits
 
 
+@pytest.fixture
+def fails(capsys, tmp_path):
+    """Runs a module's main on bad input; gives back the line it says, behind one of usage where the
+    arguments are wrong in themselves. Nothing may be written anywhere."""
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fails(module, *args):
+        before = files()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            module.main([str(arg) for arg in args])
+        output = capsys.readouterr()
+        *usage, line = output.err.splitlines()
+        assert (stop.value.code, output.out) == (2, "") and files() == before
+        assert usage in ([], [f"usage: {module.__name__}.py [options]"])
+        assert line.startswith(f"{getattr(module, 'name', module.__name__)}.py: ")
+        return line
+
+    return fails
+
+
 def checkpoint(model, path):
     weights = {key: value.bfloat16() for key, value in model.state_dict().items()}
     torch.save({**model.header, "weights": weights}, path)
     return path
-
-
-def run(script, *args, **options):
-    """The real script in a process of its own, at its real size."""
-    command = [sys.executable, str(ROOT / f"{script.name}.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)

@@ -69,39 +69,33 @@ def replay(output):
     return SimpleNamespace(output=output, frames=frames, rest=rest)
 
 
-@pytest.fixture
-def play(toys, monkeypatch):
+def play(*args, sizes=((80, 24),), after=lambda n: None, encoding="utf-8", **env):
     """Runs main() in a terminal, without its naps; each frame finds it of the next of the sizes,
     and after(n) follows frame n."""
+    stdout, naps, code = Terminal(io.BytesIO(), encoding), [], 0
 
-    def play(*args, sizes=((80, 24),), after=lambda n: None, encoding="utf-8", **env):
-        stdout, naps, code = Terminal(io.BytesIO(), encoding), [], 0
+    def size(_):
+        return os.terminal_size(sizes[len(naps) % len(sizes)])
 
-        def size(_):
-            return os.terminal_size(sizes[len(naps) % len(sizes)])
+    def nap(seconds):
+        assert stdout.buffer.getbuffer()[-8:] == FRAME_ENDS  # is out, not waiting to be flushed
+        naps.append(seconds)
+        after(len(naps))
 
-        def nap(seconds):
-            assert stdout.buffer.getbuffer()[-8:] == FRAME_ENDS  # is out, not waiting to be flushed
-            naps.append(seconds)
-            after(len(naps))
-
-        with monkeypatch.context() as patch:
-            patch.delenv("NO_COLOR", raising=False)
-            for name, value in ({"TERM": "xterm"} | env).items():
-                patch.setenv(name, value)
-            patch.setattr(sys, "stdout", stdout)
-            patch.setattr(time, "sleep", nap)
-            patch.setattr(os, "get_terminal_size", size)
-            try:
-                visualize.main(args)
-            except (SystemExit, ZeroDivisionError) as error:
-                code = getattr(error, "code", "error")
-        stdout.flush()
-        run = replay(stdout.buffer.getvalue().decode(encoding))
-        run.naps, run.code = naps, code
-        return run
-
-    return play
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"TERM": "xterm", "NO_COLOR": ""} | env).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(time, "sleep", nap)
+        patch.setattr(os, "get_terminal_size", size)
+        try:
+            visualize.main(args)
+        except (SystemExit, ZeroDivisionError) as error:
+            code = getattr(error, "code", "error")
+    stdout.flush()
+    run = replay(stdout.buffer.getvalue().decode(encoding))
+    run.naps, run.code = naps, code
+    return run
 
 
 def screen(frames, columns, lines):
@@ -127,7 +121,7 @@ def marked(text, begin, final_text, width):
 
 
 # ---- a replay ----------------------------------------------------------------------------------
-def test_both_panes_show_each_pass_where_the_final_text_has_it(play, toys, monkeypatch):
+def test_both_panes_show_each_pass_where_the_final_text_has_it(toys, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: sum(map(len, toys.values())) / 2)
     run = play("--compare", "--blocks", "2", "--fps", "50", sizes=[(120, 150)])
     assert (run.code, len(run.frames)) == (0, 481)  # GPT's passes, and one that says done
@@ -164,7 +158,7 @@ def test_both_panes_show_each_pass_where_the_final_text_has_it(play, toys, monke
             assert "".join(cell.data for cell in cells if cell.bold) == PROMPT
 
 
-def test_a_frame_follows_the_size_and_keeps_the_block_in_view(play, toys):
+def test_a_frame_follows_the_size_and_keeps_the_block_in_view(toys):
     """The size changes after each frame: columns, lines, columns of a pane, its rows of text."""
     sizes = [(40, 12, 40, 3), (99, 25, 99, 9), (100, 12, 48, 9), (200, 60, 98, 57), (20, 5, 20, 1)]
     run = play("--compare", "--blocks", "2", sizes=[size[:2] for size in sizes])
@@ -185,7 +179,7 @@ def test_a_frame_follows_the_size_and_keeps_the_block_in_view(play, toys):
             assert [string(row)[2:] for row in pane if row[0].data == "│"] == block[:space]
 
 
-def test_holes_of_the_prompt_are_filled_without_colour(play):
+def test_holes_of_the_prompt_are_filled_without_colour(toys):
     """The first block is in view though screens of prompt follow it, and has its second look though
     there are holes behind it."""
     prompt = "once\n_pon_a" + " time" * 200 + "_e_nd_"
@@ -205,7 +199,7 @@ def test_holes_of_the_prompt_are_filled_without_colour(play):
     ("code", "stop"),
     [(143, lambda: signal.raise_signal(signal.SIGTERM)), ("error", lambda: 1 / 0)],
 )
-def test_a_replay_that_is_stopped_leaves_the_texts_so_far(code, stop, play, toys):
+def test_a_replay_that_is_stopped_leaves_the_texts_so_far(code, stop, toys):
     """And writes ASCII where the encoding has nothing else."""
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -219,7 +213,7 @@ def test_a_replay_that_is_stopped_leaves_the_texts_so_far(code, stop, play, toys
     assert run.rest == "".join(f"{steps[2][0]}\n" for steps in toys.values()).replace("é", "?")
 
 
-def test_a_dumb_terminal_gets_the_text_alone(play, toys):
+def test_a_dumb_terminal_gets_the_text_alone(toys):
     run = play("--blocks", "1", TERM="dumb")
     assert (run.output, run.naps) == (f"{toys['diffusion'][-1][0]}\n", [])
 
@@ -306,18 +300,13 @@ def test_a_recording_that_is_interrupted_leaves_the_text_so_far(toys, monkeypatc
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(args, says, toys, capfd):
-    with pytest.raises(SystemExit) as ended:
-        visualize.main(args)
-    out, err = capfd.readouterr()
-    *usage, line = err.splitlines()
-    assert (ended.value.code, out, toys) == (2, "", {}) and says in line
-    assert usage in ([], ["usage: visualize.py [options]"])
+def test_bad_input_is_one_line_before_any_work(args, says, toys, fails):
+    assert says in fails(visualize, *args) and toys == {}
 
 
-def test_missing_weights_are_named_before_any_work(toys, tmp_path, monkeypatch, capfd):
+def test_missing_weights_are_named_before_any_work(toys, fails, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "weights_path", tmp_path / "nothing.pt")
-    test_bad_input_is_one_line_before_any_work(["--compare"], "gpt.py --train", toys, capfd)
+    assert "gpt.py --train" in fails(visualize, "--compare") and toys == {}
 
 
 # ---- layout ------------------------------------------------------------------------------------
