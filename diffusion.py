@@ -230,7 +230,7 @@ def surest_comb(logits, holes):
     comb_of = torch.arange(holes.size(1), device=holes.device) % stride
     combs = holes[:, None] & (comb_of == comb_of[:stride, None])  # (B, stride, T)
     certainty = logits.softmax(-1).amax(-1)[:, None]  # (B, 1, T)
-    means = (combs * certainty).sum(2) / combs.sum(2).clamp(min=1)  # (B, stride)
+    means = torch.where(combs.any(2), (combs * certainty).sum(2) / combs.sum(2), -1)  # (B, stride)
     return holes & (comb_of == means.argmax(1, keepdim=True))
 
 

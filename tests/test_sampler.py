@@ -122,6 +122,14 @@ def test_which_comb_is_surest_does_not_depend_on_the_temperature():
     assert first[0] == first[1] == first[2]
 
 
+def test_a_model_that_has_diverged_does_not_write_for_ever():
+    """Of combs whose certainty is no number it takes one that has holes."""
+    holes = torch.zeros(1, 32, dtype=torch.bool)
+    holes[0, [3, 11, 12]] = True
+    comb = diffusion.surest_comb(torch.full((1, 32, 4), math.nan), holes)
+    assert comb.any() and (comb & holes).equal(comb)
+
+
 # ---- exact scores ------------------------------------------------------------------------------
 def test_the_score_of_diffusion_is_what_the_slow_draft_pays():
     """Window by window and pass by pass."""
