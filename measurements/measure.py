@@ -167,12 +167,12 @@ def measure_text(models, train, val, args):
         raise ValueError("the text is too short: give a smaller --length or --texts")
     vocabulary, runs, characters = set(words([train])), set(pieces(train, 20, 1)), set(train + val)
 
-    def judged(name, temp, passes, samples):
+    def print_judged(name, temp, passes, samples):
         figures = [judge(texts, vocabulary, runs, scored, len(characters)) for texts in samples]
         known, distinct, copied, reverse = zip(*figures, strict=True)
         row(name, temp, passes, mean(known), mean(distinct), mean(copied, 4), mean(reverse))
 
-    def written(name, temp, script, model, *looks):
+    def print_written(name, temp, script, model, *looks):
         samples, passes = [[], [], []], 0
         for seed in range(3):
             torch.manual_seed(seed)
@@ -180,16 +180,16 @@ def measure_text(models, train, val, args):
                 yields = list(script.generate(model, None, args.length, temp, *looks))
                 samples[seed].append(yields[-1][0][len(model.prompt) :])
                 passes += len(yields)
-        judged(name, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
+        print_judged(name, temp, f"{passes * 240 / (n * args.length):.1f}", samples)
 
     head("| | temp | passes per 240 | known words | distinct words | copied runs | reverse |")
-    judged("held-out text", "", "", [real[seed::3] for seed in range(3)])
+    print_judged("held-out text", "", "", [real[seed::3] for seed in range(3)])
     for temp in args.temps:
         for name, script, model in models:
-            written(name, temp, script, model)
+            print_written(name, temp, script, model)
             if script is diffusion and temp == 0.8:
-                written(f"{name}, draft alone", temp, script, model, 0)
-                written(f"{name}, two second looks", temp, script, model, 2)
+                print_written(f"{name}, draft alone", temp, script, model, 0)
+                print_written(f"{name}, two second looks", temp, script, model, 2)
     print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
 
 
