@@ -35,10 +35,10 @@ n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
 learning_rate = 0.005  # at the peak
 warmup_iters = 100  # iterations to the peak
-batch_size = 32  # rows of block_size characters per iteration
 eval_interval = 250  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of the matrices, against memorising
+batch_size = 32  # [4] rows of block_size characters per iteration
 dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch asks the same again
 max_iters = 2400  # [4] iterations: with more it memorises
 
