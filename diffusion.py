@@ -186,7 +186,7 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.8, looks=1):  # [3]
+def generate(model, prompt=None, length=2000, temp=0.7, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then writes length characters behind it.
     After each pass it yields the text so far, holes as "_", and how much of it is final: what is
     before the block. ValueError: the prompt cannot be read. A draft, passes 1, 2, 3, 4 and 8:
@@ -383,7 +383,7 @@ def main(argv=None):
     add("--weights", type=Path, default=weights_path, help="weights of your own")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--temp", type=float, default=0.8, help="temperature, 0 is greedy (%(default)s)")
+    add("--temp", type=float, default=0.7, help="temperature, 0 is greedy (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
     least = dict(iters=1, batch=1, length=0, temp=0, seed=0, looks=0)  # [3]

@@ -141,7 +141,7 @@ def main(argv=None):
     add("--blocks", default=5, type=int, metavar="N", help="blocks of 240 characters to write (5)")
     add("--fps", default=20, type=int, metavar="N", help="forward passes per second (20)")
     add("--prompt", metavar="TEXT", help="the text to start from; diffusion fills its holes, '_'")
-    add("--temp", default=0.8, type=float, metavar="T", help="temperature, 0 = greedy (0.8)")
+    add("--temp", default=0.7, type=float, metavar="T", help="temperature, 0 = greedy (0.7)")
     add("--seed", default=1337, type=int, metavar="N", help="random seed (1337)")
     args = parser.parse_args(argv)
     # A replay keeps the text of each pass: many more blocks would take gigabytes.

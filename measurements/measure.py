@@ -187,7 +187,7 @@ def measure_text(models, train, val, args):
     for temp in args.temps:
         for name, script, model in models:
             print_written(name, temp, script, model)
-            if script is diffusion and temp == 0.8:
+            if script is diffusion and temp == 0.7:
                 print_written(f"{name}, draft alone", temp, script, model, 0)
                 print_written(f"{name}, two second looks", temp, script, model, 2)
     print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
