@@ -192,10 +192,10 @@ def generate(model, prompt=None, length=2000, temp=0.7, looks=1):  # [3]
     before the block. ValueError: the prompt cannot be read. A draft, passes 1, 2, 3, 4 and 8:
 
         ____s_______p_______r___
-        ____sh______pe______re__
-        ___ sh_____spe_____ore__
-        __e sh____ spe____more__
-        She she is speak; more,
+        ____s ______pe______re__
+        ___is _____spe_____ore__
+        __ is ____ spe____more__
+        It is this speak; more t
     """
     text = model.prompt if prompt is None else prompt
     given = len(text)  # [3]
