@@ -13,8 +13,9 @@ The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
 """
 
 import argparse
+import io
 import math
-import shutil
+import os
 import signal
 import sys
 import time
@@ -28,40 +29,45 @@ from torch import nn
 from tqdm import tqdm
 
 # ---- hyperparameters: read when used, so that a caller may set them on the module --------------
-block_size = 256  # characters in view
-context = 16  # characters before a block that is written or scored
+block_size = 256  # characters in the window, which is all that the model sees
+context = 16  # characters of it that are given when the others are scored
 n_layer = 6  # layers
 n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
 learning_rate = 0.005  # at the peak
 warmup_iters = 100  # iterations to the peak
-eval_interval = 250  # iterations between validations
+eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of the matrices, against memorising
 batch_size = 64  # [4] rows of block_size characters per iteration
 dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch asks anew
 max_iters = 6000  # [4] iterations: it learns for longer
-stride = 8  # [3] from one place of a comb to the next; divides block_size - context
+columns = 8  # [3] characters to a line of the table; divides block_size and context
 
-name = Path(__file__).stem
-data_path = Path(__file__).with_name("data.txt")
-weights_path = Path(__file__).parent / "weights" / f"{name}.pt"
+script_path = Path(__file__).resolve()
+name = script_path.stem
+data_path = script_path.with_name("data.txt")
+weights_path = script_path.parent / "weights" / f"{name}.pt"
 data_url = "https://github.com/nathan-barry/tiny-diffusion/releases/download/v2.0.0/data.txt"
 data_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 # ---- data --------------------------------------------------------------------------------------
 def read_splits(path):
-    """The first 90% of a text, to train on, and the rest; fetches data.txt. OSError, ValueError."""
+    """A text to train on, and the rest to validate on: its last tenth, or its last 120,000
+    characters if that is less. Fetches data.txt. OSError, ValueError."""
     if path == data_path and not path.exists():
         try:
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
-    text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: save it in that encoding") from None
     if "_" in text:
         raise ValueError(f"{path} holds '_', which is reserved: replace it")
-    split = int(0.9 * len(text))
+    split = max(int(0.9 * len(text)), len(text) - 120_000)
     if len(text) - split <= block_size:
         raise ValueError(f"{path} is too short: it needs {10 * block_size + 1} characters")
     return text[:split], text[split:]
@@ -76,11 +82,13 @@ class CharTokenizer:  # one character, one token; "_" is reserved for the mask
 
     def encode(self, text):
         """str of T characters -> LongTensor (T,); ValueError names a character it does not know."""
-        if unknown := set(text) - self.ids.keys():
-            raise ValueError(f"unknown character {min(unknown)!r}: leave it out")
-        return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
+        try:
+            return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
+        except KeyError as unknown:
+            raise ValueError(f"unknown character {unknown}: leave it out") from None
 
     def decode(self, ids):
+        """LongTensor (T,) -> str of T characters."""
         return "".join([self.vocab[i] for i in ids.tolist()])
 
 
@@ -89,8 +97,10 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x, rope):  # RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by growing angles
-    (a, b), (cos, sin) = x.chunk(2, -1), rope
+def rotate(x, rope):
+    """RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by angles that grow with the place."""
+    a, b = x.chunk(2, -1)
+    cos, sin = rope
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
 
@@ -101,26 +111,28 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
-        nn.init.zeros_(self.proj.weight)  # so that a block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that a Block starts as the identity
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rope):  # [2]
         B, T, _ = x.shape
-        q, k, v = self.qkv(norm(x)).view(B, T, 3 * n_head, -1).transpose(1, 2).chunk(3, 1)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)  # each (B, n_head, T, D)
+        qkv = self.qkv(norm(x)).view(B, T, 3 * n_head, -1)  # (B, T, 3 * n_head, D)
+        q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
+        q = rotate(norm(q), rope)
+        k = rotate(norm(k), rope)
         # [2] no cache: each character that is written changes the keys and values of all others
         y = F.scaled_dot_product_attention(q, k, v, is_causal=False)  # [2]
-        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout, self.training)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
+        x = x + F.dropout(self.proj(y), dropout, self.training)
         y = F.relu(self.up(norm(x))).square()
         return x + F.dropout(self.down(y), dropout, self.training)
 
 
-class Model(nn.Module):  # with the tokenizer it reads by, and the prompt it starts from by default
+class Model(nn.Module):
     def __init__(self, tokenizer, prompt):
         super().__init__()
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.header = dict(chars=tokenizer.chars, prompt=prompt, n_layer=n_layer, n_head=n_head)
-        self.header.update(n_embd=n_embd, block_size=block_size)
+        self.tokenizer = tokenizer
+        self.prompt = prompt  # what it starts from where none is given
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -147,34 +159,41 @@ def best_device():
     return device, torch.bfloat16 if cuda or cpu else torch.float32
 
 
+def sizes():
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+
+
+def rounded(model):
+    return {key: weight.bfloat16() for key, weight in model.state_dict().items()}
+
+
 def save(contents, path):
-    """Writes to a temporary name first, so that path holds the old or the new, and never half."""
-    partial = path.with_suffix(".partial")
-    torch.save(contents, partial)
-    partial.replace(path)
-
-
-def read_checkpoint(path, remedy):
-    """The dict in a file; ValueError says what is wrong with it and how to mend that."""
+    """Writes beside path, then renames: path holds the old or the new, never half. OSError."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    except Exception:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is damaged: {remedy}") from None
+        partial.write_bytes(buffer.getbuffer())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path, dtype=None):
-    """The Model in a checkpoint, in eval mode on the best device; ValueError says what to do."""
-    checkpoint = read_checkpoint(path, remedy := f"make it with `{name}.py --train`")
+    """The Model in a checkpoint, in eval mode on the best device. ValueError says what to do."""
+    remedy = f"make it with `{name}.py --train`"
     try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        fits = model.header.items() <= checkpoint.items()
-    except Exception:  # other contents can fail in any way
+        fits = all(checkpoint[key] == size for key, size in sizes().items())
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except Exception:  # a damaged file can fail in any way
         fits = False
     if not fits:
-        raise ValueError(f"{path} is of another script or of other sizes: {remedy}")
+        raise ValueError(f"{path} is damaged, or of another script or other sizes: {remedy}")
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 
@@ -186,79 +205,76 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.7, looks=1):  # [3]
-    """Fills the holes of prompt (default: the model's), then writes length characters behind it.
+def generate(model, prompt=None, length=2000, temp=0.9, looks=1):  # [3]
+    """Fills the holes of prompt (default: the model's), then writes length characters after it.
     After each pass it yields the text so far, holes as "_", and how much of it is final: what is
-    before the block. ValueError: the prompt cannot be read. A draft, passes 1, 2, 3, 4 and 8:
+    before the block. ValueError: the prompt cannot be read.
 
-        ____s_______p_______r___
-        ____s ______pe______re__
-        ___is _____spe_____ore__
-        __ is ____ spe____more__
-        It is this speak; more t
+    The window is a table of lines of 8 characters. In the draft each pass writes the column that
+    the model is surest of; in a second look each column is erased and written again. Five lines,
+    after 1, 2, 4 and 8 passes:
+
+        EXAMPLE
     """
     text = model.prompt if prompt is None else prompt
-    given = len(text)  # [3]
-    ids, mask = model.tokenizer.encode(text + "_" * length), model.tokenizer.mask
-    if mask not in ids:
-        yield text, given
-    while mask in ids:
+    given, total, mask = len(text), len(text) + length, model.tokenizer.mask  # [3]
+    # After what is to be written come holes that never are, so that no window is short.
+    ids = F.pad(model.tokenizer.encode(text), (0, length + block_size), value=mask)
+    if mask not in ids[:total]:
+        yield text, total
+    while mask in ids[:total]:
         first = (ids == mask).nonzero()[0].item()
         start = max(0, first - (context if first > given else block_size // 2))
-        end = start + block_size
-        window = ids[start:end]  # a view: what is written in it is written in ids
+        end = min(start + block_size, total)
+        window = ids[start : start + block_size]  # a view: what is written in it is written in ids
         block = window == mask  # (T,) what is to be written
-        if (ids[end:] != mask).any():  # the prompt goes on: the next window shows more of it
+        block[end - start :] = False
+        if (ids[end:total] != mask).any():  # the prompt goes on: the next window shows more of it
             block[-context:] = False
 
-        comb_of = (torch.arange(start, start + len(window)) - first) % stride
-        combs = [block & (comb_of == i) for i in comb_of[block].unique()]
-        draft, second_look = [torch.zeros_like(block)] * len(combs), combs * looks
-        for hidden in draft + second_look:
-            window[hidden] = mask  # nothing in the draft, one comb in a second look
-            padded = F.pad(window, (0, block_size - len(window)), value=mask)  # the length it knows
-            logits = model(padded[None].to(model.rope.device))[:, : len(window)].cpu()
-            comb = surest_comb(logits, (block & (window == mask))[None])[0]
-            window[comb] = draw(logits[0, comb], temp)
-            text = text[:start] + model.tokenizer.decode(window) + text[end:]
+        column_of = torch.arange(block_size) % columns
+        filled = column_of[block].unique()  # the columns that have holes
+        passes = (1 + looks) * len(filled)
+        for i in range(passes):
+            if i >= len(filled):  # a second look
+                window[block & (column_of == filled[i % len(filled)])] = mask
+            logits = model(window[None].to(model.rope.device)).cpu()
+            column = surest_column(logits, (block & (window == mask))[None])[0]
+            window[column] = draw(logits[0, column], temp * (1 - i / passes))
+            text = text[:start] + model.tokenizer.decode(ids[start:end]) + text[end:]
             yield text, first
 
 
-def surest_comb(logits, holes):
-    """The holes (B, T) of the comb whose top probabilities in logits (B, T, V) are highest in the
-    mean. A comb is every stride-th place: characters that far apart hardly depend on each other."""
-    comb_of = torch.arange(holes.size(1), device=holes.device) % stride
-    combs = holes[:, None] & (comb_of == comb_of[:stride, None])  # (B, stride, T)
-    certainty = logits.softmax(-1).amax(-1)[:, None]  # (B, 1, T)
-    means = torch.where(combs.any(2), (combs * certainty).sum(2) / combs.sum(2), -1)  # (B, stride)
-    return holes & (comb_of == means.argmax(1, keepdim=True))
+def surest_column(logits, holes):
+    """logits (B, T, V), holes (B, T) -> the holes (B, T) of the column whose top probabilities are
+    highest in the mean, for each row. Characters of one column hardly depend on each other."""
+    certainty = logits.softmax(-1).amax(-1) * holes
+    sums = certainty.unflatten(1, (-1, columns)).sum(1)  # (B, columns)
+    counts = holes.unflatten(1, (-1, columns)).sum(1)
+    surest = torch.where(counts > 0, sums / counts, -1).argmax(1, keepdim=True)  # (B, 1)
+    return holes & (torch.arange(holes.size(1), device=holes.device) % columns == surest)
 
 
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact nats per character that each pass pays to write text in blocks behind their context, at
-    temperature 1: (blocks, passes). Leaves the model in eval mode."""
+    """Exact nats per character that each pass pays to write text, window by window, after the
+    context of each, at temperature 1: (windows, passes). Leaves the model in eval mode."""
     model.eval()
-    blocks = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
+    windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
     nats = []
-    for rows in blocks.to(model.rope.device).split(16):
-        # [3] Exact, as the choice of a comb depends on the text so far alone (arXiv 2603.01367).
+    for rows in windows.to(model.rope.device).split(64):
+        # [3] Exact, as the choice of a column depends on the text so far alone (arXiv 2603.01367).
         ids, passes = rows.clone(), []
         ids[:, context:] = model.tokenizer.mask
-        while (holes := ids == model.tokenizer.mask).any():
+        for _ in range(columns):
             logits = model(ids)
-            comb = surest_comb(logits, holes)
+            column = surest_column(logits, ids == model.tokenizer.mask)
             paid = F.cross_entropy(logits.transpose(1, 2), rows, reduction="none")
-            passes.append((paid * comb).sum(1) / comb.sum(1))
-            ids = torch.where(comb, rows, ids)
+            passes.append((paid * column).sum(1) / column.sum(1))
+            ids = torch.where(column, rows, ids)
         nats.append(torch.stack(passes, 1))
     return torch.cat(nats)
-
-
-def evaluate(model, text):
-    """Exact nats per character of text."""
-    return score(model, text).mean().item()
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -272,12 +288,13 @@ def loss_fn(model, rows):
 
 
 def hide(ids, mask):
-    """ids (B, T) with neighbours of every stride characters replaced by mask, but for the context:
-    all of them as when a draft begins, one as in a second look, and as often any number between."""
+    """ids (B, T) with neighbouring columns of the table replaced by mask, but for the context: all
+    of them as when a draft begins, one as in a second look, and as often any number between.
+    MDLM and LLaDA hide each character by chance: torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
-    neighbours = 1 + (torch.arange(B) + torch.randint(stride, (1,))) % stride
-    places = torch.arange(T) + torch.randint(stride, (B, 1))  # drawn on the CPU: a seed hides alike
-    hidden = places % stride < neighbours[:, None]  # (B, T)
+    width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns  # hidden columns
+    places = torch.arange(T) + torch.randint(columns, (B, 1))  # on the CPU: a seed hides alike
+    hidden = places % columns < width[:, None]  # (B, T)
     hidden[:, :context] = False
     return torch.where(hidden.to(ids.device), mask, ids)
 
@@ -287,115 +304,138 @@ def rate(i, iters):
     return learning_rate * min(i / warmup_iters, (iters + 1 - i) / max(1, iters - warmup_iters))
 
 
-def begin_run(weights, state_path):
-    """The state of a new run; keeps the weights that are there. ValueError: one is unfinished."""
-    if state_path.exists():
-        raise ValueError(f"{state_path} is of an unfinished run: add --resume, or delete it")
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    if weights.exists():
-        shutil.copy(weights, weights.with_suffix(".old"))
-    return dict(done=0, best=math.inf)
-
-
-def resume_run(run, state_path):
-    """The state that a run has left. ValueError: there is none, or it is of another run."""
-    state = read_checkpoint(state_path, "begin a run without --resume")
-    if other := {key: state.get(key) for key in run if state.get(key) != run[key]}:
-        raise ValueError(f"{state_path} is of a run with {other}: repeat its command, or delete it")
+def read_state(path, run):
+    """What a run has left in a file, or {}. ValueError: the file is damaged, or of another run."""
+    if not path.exists():
+        return {}
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # a damaged file can fail in any way
+        state = {}
+    if state.get("done") == 0:  # no iteration is lost
+        return {}
+    other = ", ".join(key for key in run if state.get(key) != run[key])
+    if other:
+        remedy = "repeat its command, delete the file, or name other --weights"
+        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
     return state
 
 
-def train(data, weights, iters, batch, resume=False, seed=1337):
-    """Trains on the file data; the file weights gets what scores best on the last tenth of it."""
+def train(data, weights, iters, seed=1337):
+    """Trains on the file data. The file weights gets what scores best on the validation text, when
+    the run ends; until then that is in FILE.resume, beside all that the same call needs to go on.
+    OSError, ValueError."""
+    if weights.is_dir():
+        raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
     device, dtype = best_device()
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     train_text, val_text = read_splits(data)
+
     model = Model(CharTokenizer(train_text + val_text), train_text[:context]).to(device)
     compiled = torch.compile(model) if device.type == "cuda" and find_spec("triton") else model
     ids = model.tokenizer.encode(train_text).to(device)
+
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    run = dict(model.header, script=name, iters=iters, batch=batch, seed=seed)
-    run["checksum"] = zlib.crc32((train_text + val_text).encode())
-    state_path = weights.with_suffix(".resume")
-    state = resume_run(run, state_path) if resume else begin_run(weights, state_path)
-    done, best = state["done"], state["best"]
-    parts = dict(model=model, muon=muon, adamw=adamw)
-    for key in parts.keys() & state.keys():
-        parts[key].load_state_dict(state[key])
+    run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
+    run["text"] = zlib.crc32((train_text + val_text).encode())
+    run["script"] = zlib.crc32(script_path.read_bytes())
+    state_path = weights.with_name(f"{weights.name}.resume")
+    state = read_state(state_path, run)
+    if state:
+        model.load_state_dict(state["model"])
+        muon.load_state_dict(state["muon"])
+        adamw.load_state_dict(state["adamw"])
+        print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
+    else:
+        state = dict(run, done=0, best=math.inf, weights=rounded(model))
+        save(state, state_path)
 
-    for i in (bar := tqdm(range(done + 1, iters + 1), name, initial=done, total=iters)):
-        torch.manual_seed(seed * iters + i)  # so that nothing random has to be saved
-        for group in muon.param_groups + adamw.param_groups:
-            group["lr"] = rate(i, iters)
-        starts = torch.randint(len(ids) - block_size, (batch, 1))
-        rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch, T + 1)
-        model.train().zero_grad()
-        with autocast:
-            loss = loss_fn(compiled, rows)
-        loss.backward()
-        muon.step()
-        adamw.step()
-        if i % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{best:.4f}")
-        if i % eval_interval == 0 or i == iters:
+    bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
+    try:
+        for i in bar:
+            torch.manual_seed(seed * iters + i)  # so that nothing random has to be saved
+            for group in muon.param_groups + adamw.param_groups:
+                group["lr"] = rate(i, iters)
+            starts = torch.randint(len(ids) - block_size, (batch_size, 1))
+            rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
+
+            model.train().zero_grad()
             with autocast:
-                nats = evaluate(model, val_text)
+                loss = loss_fn(compiled, rows)
+            loss.backward()
+            muon.step()
+            adamw.step()
+            if i % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{state['best']:.4f}")
+            if i % eval_interval and i < iters:
+                continue
+
+            with autocast:
+                nats = score(model, val_text).mean().item()
                 *_, (sample, _) = generate(model, length=200)
-            if nats < best:
-                best = nats
-                rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
-                save(dict(model.header, weights=rounded), weights)
-            states = {key: part.state_dict() for key, part in parts.items()}
-            save(dict(run, done=i, best=best, **states), state_path)
-            bar.write(f"{sample}\n\niteration {i}: {nats:.4f} nats per character, saved\n")
-    state_path.unlink()
-    print(f"{weights}: {best:.4f} nats per character", file=sys.stderr)
+            if not math.isfinite(nats):
+                state_path.unlink(missing_ok=True)
+                raise ValueError("the run has diverged: give it a smaller learning_rate")
+            if nats < state["best"]:
+                state.update(best=nats, weights=rounded(model))
+            state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
+            state["done"] = i
+            save(state, state_path)
+            bar.write(f"{sample}\n\niteration {i}: {nats:.4f} nats per character\n", sys.stderr)
+    except KeyboardInterrupt:
+        then = f"; the same command goes on after iteration {state['done']}"
+        raise KeyboardInterrupt(then) from None
+
+    if weights.exists():
+        weights.replace(weights.with_name(f"{weights.name}.old"))
+    save(dict(run, weights=state["weights"]), weights)
+    state_path.unlink(missing_ok=True)
+    print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
 
 
 # ---- command line ------------------------------------------------------------------------------
-def write(model, prompt, length, *sampling):
-    """Prints the text as it becomes final; the figures go to standard error."""
+def write(texts, characters):
+    """Prints what generate() yields as it becomes final; the figures go to standard error."""
     began, shown, passes = time.perf_counter(), 0, 0
-    texts = generate(model, prompt, length, *sampling)
-    for text, final in tqdm(texts, unit=" passes", disable=sys.stdout.isatty() or None):
+    for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
     print(text[shown:])
-    if total := length + (prompt or "").count("_"):
-        figures = f"{total} characters, {passes} passes, {total / passes:.2f} per pass"
-        print(f"{figures}, {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    if characters:
+        seconds = time.perf_counter() - began
+        print(f"{characters} characters, {passes} passes, {seconds:.1f} s", file=sys.stderr)
 
 
 def main(argv=None):
-    """Writes, trains or scores; bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", __doc__.splitlines()[0])
-    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    either("--train", action="store_true", help="train, and keep the weights that score best")
-    either("--eval", action="store_true", help="score the weights on the validation text")
+    """The command line. Bad input ends with one line and exit code 2, Ctrl-C with 130."""
+    parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes, by default.")
+    add = parser.add_argument
+    add("--train", action="store_true", help="train, and keep the weights that score best")
+    add("--eval", action="store_true", help="score the weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
-    add("--batch", type=int, default=batch_size, help="rows per iteration (%(default)s)")
-    add("--resume", action="store_true", help="go on with a training that was interrupted")
     add("--data", type=Path, default=data_path, help="a text of your own")
     add("--weights", type=Path, default=weights_path, help="weights of your own")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--temp", type=float, default=0.7, help="temperature, 0 is greedy (%(default)s)")
+    add("--temp", type=float, default=0.9, help="temperature, 0 is greedy (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
-    least = dict(iters=1, batch=1, length=0, temp=0, seed=0, looks=0)  # [3]
     args = parser.parse_args(argv)
-    for key in least:
-        if not least[key] <= vars(args)[key] <= 10**7:
-            parser.error(f"--{key} takes a number from {least[key]} to {10**7}")
-    if args.resume and not args.train:
-        parser.error("--resume goes with --train")
+    for key, value in vars(args).items():
+        if isinstance(value, (int, float)) and not 0 <= value <= 10**7:
+            parser.error(f"--{key} takes a number from 0 to {10**7}")
+    if args.train and args.eval:
+        parser.error("--train or --eval, not both")
+    if args.iters == 0:
+        parser.error("--iters takes a number from 1")
+
     try:
         if args.train:
-            train(args.data, args.weights, args.iters, args.batch, args.resume, args.seed)
+            train(args.data, args.weights, args.iters, args.seed)
         elif args.eval:
             nats = score(load(args.weights), read_splits(args.data)[1])
             print(f"{nats.mean():.4f} nats per character, {nats.mean() / math.log(2):.4f} bits")
@@ -403,16 +443,21 @@ def main(argv=None):
         else:
             model = load(args.weights)
             torch.manual_seed(args.seed)
-            write(model, args.prompt, args.length, args.temp, args.looks)  # [3]
+            texts = generate(model, args.prompt, args.length, args.temp, args.looks)  # [3]
+            write(texts, args.length + (args.prompt or "").count("_"))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
-    except KeyboardInterrupt:
-        hint = "; --resume goes on from the last iteration that was saved" * args.train
-        parser.exit(130, f"\n{name}.py: stopped{hint}\n")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        parser.exit(2, f"{name}.py: out of memory: training needs less by a smaller batch_size\n")
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\n{name}.py: stopped{stop}\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor one that is closed
+        sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
+        if hasattr(signal, "SIGPIPE"):  # Windows has none
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()

@@ -41,6 +41,10 @@ def random_model(script, chars=CHARS, seed=0):
     return model
 
 
+def mean_score(script, model, text):
+    return script.score(model, text).mean().item()
+
+
 class Fake(torch.nn.Module):
     """A model whose logits (B, T, V) are a given function of ids (B, T), or the same for all."""
 
@@ -77,6 +81,6 @@ def fails(capsys, tmp_path):
 
 
 def checkpoint(model, path):
-    weights = {key: value.bfloat16() for key, value in model.state_dict().items()}
-    torch.save({**model.header, "weights": weights}, path)
+    contents = dict(gpt.sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
+    torch.save(dict(contents, weights=gpt.rounded(model)), path)
     return path

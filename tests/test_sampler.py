@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import CHARS, Fake, random_model
+from conftest import CHARS, Fake, mean_score, random_model
 
 import diffusion
 import gpt
@@ -17,12 +17,12 @@ def predict(model, text):
         return model(model.tokenizer.encode(text.ljust(256, "_"))[None])[0].softmax(-1)
 
 
-def surest(combs, certainty):
-    return max(combs, key=lambda comb: sum(certainty[i] for i in comb) / len(comb))
+def surest(columns, certainty):
+    return max(columns, key=lambda column: sum(certainty[i] for i in column) / len(column))
 
 
 def slowly(model, prompt, length, looks):
-    """What generate yields at temperature 0, one place after another, as the design says it."""
+    """What generate yields at temperature 0, one place after another."""
     chars, given, yields = list(prompt + "_" * length), len(prompt), []
     while "_" in chars:
         first = chars.index("_")
@@ -31,25 +31,25 @@ def slowly(model, prompt, length, looks):
         prompt_goes_on = any(char != "_" for char in chars[end:])
         reach = end - 16 if prompt_goes_on else end
         block = [i for i in range(first, reach) if chars[i] == "_"]
-        combs = [[i for i in block if (i - first) % 8 == n] for n in range(8)]
-        combs = [comb for comb in combs if comb]
+        columns = [[i for i in block if (i - start) % 8 == n] for n in range(8)]
+        columns = [column for column in columns if column]
 
         def write(candidates, start=start, end=end, first=first):
             p = predict(model, "".join(chars[start:end]))[: end - start]
             certainty = dict(enumerate(p.amax(-1).tolist(), start))
-            comb = surest(candidates, certainty)
-            for i in comb:
+            column = surest(candidates, certainty)
+            for i in column:
                 chars[i] = model.tokenizer.chars[p[i - start].argmax()]
             yields.append(("".join(chars[: max(end, given)]), first))
-            return comb
+            return column
 
-        left = list(combs)
+        left = list(columns)
         while left:
             left.remove(write(left))
-        for comb in combs * looks:
-            for i in comb:
+        for column in columns * looks:
+            for i in column:
                 chars[i] = "_"
-            write([comb])
+            write([column])
     return yields or [(prompt, given)]
 
 
@@ -63,10 +63,10 @@ FAR = "abc " * 250  # a prompt of 1,000 characters
         ("abc", 300, 0),
         ("a" * 300, 20, 2),  # half a window of the prompt is in view
         ("", 30, 1),
-        ("abc", 3, 1),  # three combs of one place
+        ("abc", 3, 1),  # three columns of one place
         ("_", 0, 1),
         ("_" * 270, 0, 1),
-        ("_ab_d ______ef_", 10, 1),  # combs of unequal numbers of holes, at both ends
+        ("_ab_d ______ef_", 10, 1),  # columns of unequal numbers of holes
         ("abc", 0, 1),
         (f"{FAR[:10]}_{FAR[11:600]}__{FAR[602:]}", 0, 1),
         (f"_{FAR[1:245]}___{FAR[248:]}_", 30, 1),  # holes that a window sees and leaves to the next
@@ -93,7 +93,7 @@ def test_what_is_final_never_changes(script):
 
 
 def test_gpt_writes_the_most_likely_next_character_in_each_pass():
-    """At temperature 0, also behind the first window: the last half of it is read again."""
+    """At temperature 0, also after the first window: the last half of it is read again."""
     model = random_model(gpt)
     assert list(gpt.generate(model, "when", 0)) == [("when", 4)]
     yields = list(gpt.generate(model, "when", 300, temp=0))
@@ -114,7 +114,7 @@ def test_temperature_shapes_the_draw(script):
         assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
 
 
-def test_which_comb_is_surest_does_not_depend_on_the_temperature():
+def test_which_column_is_surest_does_not_depend_on_the_temperature():
     model, first = random_model(diffusion), []
     for temp in (0, 0.5, 3):
         text, _ = next(diffusion.generate(model, "ab", 200, temp))
@@ -122,12 +122,25 @@ def test_which_comb_is_surest_does_not_depend_on_the_temperature():
     assert first[0] == first[1] == first[2]
 
 
+@pytest.mark.parametrize("looks, temps", [(0, [0.8, 0.4]), (1, [0.8, 0.6, 0.4, 0.2])])
+def test_the_temperature_falls_from_pass_to_pass(looks, temps, monkeypatch):
+    """In each block anew, however many columns it has: two of the prompt, then eight."""
+    model, drawn = random_model(diffusion), []
+    monkeypatch.setattr(
+        diffusion, "draw", lambda logits, temp: drawn.append(temp) or logits.argmax(-1)
+    )
+    list(diffusion.generate(model, "a__b" + 400 * "c", 100, 0.8, looks))
+    n = 8 * (1 + looks)
+    assert drawn[: len(temps)] == pytest.approx(temps)
+    assert drawn[len(temps) :][:n] == pytest.approx([0.8 * (1 - i / n) for i in range(n)])
+
+
 def test_a_model_that_has_diverged_does_not_write_for_ever():
-    """Of combs whose certainty is no number it takes one that has holes."""
+    """Of columns whose certainty is no number it takes one that has holes."""
     holes = torch.zeros(1, 32, dtype=torch.bool)
     holes[0, [3, 11, 12]] = True
-    comb = diffusion.surest_comb(torch.full((1, 32, 4), math.nan), holes)
-    assert comb.any() and (comb & holes).equal(comb)
+    column = diffusion.surest_column(torch.full((1, 32, 4), math.nan), holes)
+    assert column.any() and (column & holes).equal(column)
 
 
 # ---- exact scores ------------------------------------------------------------------------------
@@ -141,24 +154,22 @@ def test_the_score_of_diffusion_is_what_the_slow_draft_pays():
         left, paid = [list(range(16 + n, 256, 8)) for n in range(8)], []
         while left:
             p = predict(model, "".join(chars))
-            comb = surest(left, p.amax(-1).tolist())
-            truth = [model.tokenizer.ids[window[i]] for i in comb]
-            paid.append(-p[comb, truth].log().mean().item())
-            left.remove(comb)
-            for i in comb:
+            column = surest(left, p.amax(-1).tolist())
+            truth = [model.tokenizer.ids[window[i]] for i in column]
+            paid.append(-p[column, truth].log().mean().item())
+            left.remove(column)
+            for i in column:
                 chars[i] = window[i]
         expected.append(paid)
-    score = diffusion.score(model, text)
-    assert torch.allclose(score, torch.tensor(expected), atol=1e-4)
-    assert diffusion.evaluate(model, text) == pytest.approx(score.mean().item())
+    assert torch.allclose(diffusion.score(model, text), torch.tensor(expected), atol=1e-4)
 
 
 def test_likelihoods_sum_to_one_over_all_texts(script, monkeypatch):
-    """Four characters of three kinds behind one that is given; combs of two."""
-    for key, value in {"block_size": 5, "context": 1, "stride": 2}.items():
+    """Four characters of three kinds after two that are given; a table of three lines."""
+    for key, value in {"block_size": 6, "context": 2, "columns": 2}.items():
         monkeypatch.setattr(script, key, value, raising=False)
-    model = random_model(script, chars="abc")
-    nats = [script.evaluate(model, f"a{''.join(t)}") for t in itertools.product("abc", repeat=4)]
+    model, texts = random_model(script, chars="abc"), itertools.product("abc", repeat=4)
+    nats = [mean_score(script, model, f"ab{''.join(text)}") for text in texts]
     assert sum(math.exp(-4 * n) for n in nats) == pytest.approx(1, abs=1e-4)
     assert max(math.exp(-4 * n) for n in nats) > 2 / 81  # and is not just uniform
 
@@ -167,7 +178,7 @@ def test_both_score_the_same_characters(script):
     """By a model that gives its three characters 1/2, 1/4, 1/4, whatever it reads."""
     p = torch.tensor([0.5, 0.25, 0.25]).log()
     text = "b" * 16 + "a" * 120 + "c" * 240 + "a" * 120 + "b" * 100  # two windows and a rest
-    score = script.evaluate(Fake(script, "abc", lambda ids: p.expand(*ids.shape, 3)), text)
+    score = mean_score(script, Fake(script, "abc", lambda ids: p.expand(*ids.shape, 3)), text)
     assert score == pytest.approx(1.5 * math.log(2), abs=1e-6)
 
 
@@ -175,6 +186,6 @@ def test_scoring_is_repeatable_and_draws_nothing(script, monkeypatch):
     monkeypatch.setattr(script, "dropout", 0.5)
     model = random_model(script).train()
     state, text = torch.get_rng_state(), "once upon a time " * 60
-    assert script.evaluate(model, text) == script.evaluate(model, text)
+    score = script.score(model, text)
+    assert torch.equal(score, script.score(model, text)) and not score.requires_grad
     assert torch.equal(state, torch.get_rng_state())
-    assert not script.score(model, text).requires_grad

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import CHARS, Fake, random_model
+from conftest import CHARS, Fake, mean_score, random_model
 from torch import nn
 
 import diffusion
@@ -14,7 +14,7 @@ import gpt
 
 
 # ---- loss --------------------------------------------------------------------------------------
-def test_one_to_eight_neighbours_of_every_eight_are_hidden_and_never_the_context():
+def test_one_to_eight_neighbouring_columns_are_hidden_and_never_the_context():
     """Each number in as many rows, give or take one; where they begin is uniform."""
     torch.manual_seed(0)
     ids, begins = torch.randint(50, (20, 256)), torch.zeros(8)
@@ -22,19 +22,19 @@ def test_one_to_eight_neighbours_of_every_eight_are_hidden_and_never_the_context
         inputs = diffusion.hide(ids, 99)
         hidden = inputs == 99
         assert torch.equal(inputs[~hidden], ids[~hidden]) and not hidden[:, :16].any()
-        teeth = hidden[:, 16:].view(20, 30, 8)
-        assert (teeth == teeth[:, :1]).all()
-        teeth = teeth[:, 0]
-        edges = teeth & ~teeth.roll(1, 1)  # where neighbours begin, round the edge of the eight
+        table = hidden[:, 16:].view(20, 30, 8)
+        assert (table == table[:, :1]).all()
+        columns = table[:, 0]
+        edges = columns & ~columns.roll(1, 1)  # where neighbours begin, round the edge of the table
         assert (edges.sum(1) <= 1).all()
-        counts = teeth.sum(1).bincount(minlength=9)
+        counts = columns.sum(1).bincount(minlength=9)
         assert counts[0] == 0 and (counts[1:] // 2 == 1).all()  # 20 rows: two or three of each
         begins += edges.sum(0)
     assert (begins / begins.sum() - 1 / 8).abs().max() < 5 * math.sqrt(7 / 64 / begins.sum())
 
 
 def test_training_shows_the_states_that_writing_meets():
-    """The windows of an ordinary block wherever the combs that are hidden are neighbours."""
+    """The windows of an ordinary block wherever the columns that are hidden are neighbours."""
     torch.manual_seed(0)
     ids = torch.zeros(64, 256, dtype=torch.long)
     trained = {tuple(row) for _ in range(99) for row in (diffusion.hide(ids, 1) == 1).tolist()}
@@ -87,7 +87,7 @@ def toy(monkeypatch, tmp_path, script):
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
     data.write_text(doubled_letters(1500))
-    return data, tmp_path / "new" / "folder" / "weights.pt"
+    return data, tmp_path / "new" / "folder" / "weights.v1"
 
 
 def command(toy, *args):
@@ -102,20 +102,20 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch
     monkeypatch.setattr(script, "eval_interval", 80)
     train(script, toy, "--iters", 80 if script is gpt else 160, "--seed", 1)
     model = script.load(toy[1])
-    score = script.evaluate(model, doubled_letters(200, seed=1))
+    score = mean_score(script, model, doubled_letters(200, seed=1))
     assert math.log(4) / 3 < score < 0.6  # no model can pass the entropy, 0.46; log(5) is 1.61
     *_, (text, _) = script.generate(model, length=300)
     words = text.split()[:-1]
     right = sum(len(w) == 2 and w[0] == w[1] for w in words) / len(words)
     assert right > 0.85, words
     assert len({word[0] for word in words}) == 4
-    output = capsys.readouterr()
-    assert output.out.count("nats per character") == (1 if script is gpt else 2)
-    assert "aa " in output.out and str(toy[1]) in output.err
-    assert [path.name for path in toy[1].parent.iterdir()] == ["weights.pt"]
+    output = capsys.readouterr().err
+    assert output.count("nats per character") == (2 if script is gpt else 3)
+    assert "aa " in output and f"{toy[1]}: " in output
+    assert [path.name for path in toy[1].parent.iterdir()] == ["weights.v1"]
 
 
-def test_rows_are_as_many_as_asked_and_never_of_the_validation_text(script, toy, monkeypatch):
+def test_rows_are_never_of_the_validation_text(script, toy, monkeypatch):
     """The last tenth is all z, which no row of training may hold; the nine before it end in y. The
     byte-order mark is no character."""
     text, shapes, seen, loss_fn = doubled_letters(400), [], set(), script.loss_fn
@@ -128,8 +128,8 @@ def test_rows_are_as_many_as_asked_and_never_of_the_validation_text(script, toy,
         return loss_fn(model, rows)
 
     monkeypatch.setattr(script, "loss_fn", watch)
-    train(script, toy, "--iters", 60, "--batch", 20)
-    assert shapes == [(20, 49)] * 60
+    train(script, toy, "--iters", 60)
+    assert shapes == [(32, 49)] * 60
     assert seen == set("abcdy ") and script.load(toy[1]).tokenizer.chars == " abcdyz"
 
 
@@ -157,11 +157,15 @@ def test_on_cuda_training_is_compiled_where_triton_is_there(script, toy, monkeyp
     assert used == [(32, 48)] * 3 * triton
 
 
+def test_a_large_text_is_validated_on_its_end_alone(script, tmp_path):
+    (path := tmp_path / "large.txt").write_text("ab" * 700_000)
+    assert [len(text) for text in script.read_splits(path)] == [1_280_000, 120_000]
+
+
 # ---- what is saved -----------------------------------------------------------------------------
 @pytest.fixture
 def scripted(script, toy, monkeypatch):
     """Runs of six iterations whose three scores are set beforehand; keeps what would be scored."""
-    weights = toy[1]
     for key, value in {"max_iters": 6, "eval_interval": 2, "batch_size": 4, "dropout": 0.2}.items():
         monkeypatch.setattr(script, key, value)
     states = []
@@ -169,24 +173,28 @@ def scripted(script, toy, monkeypatch):
     def run(*scores, args=()):
         upcoming = iter(scores)
 
-        def evaluate(model, text):
+        def score(model, text):
             model.eval()
             states.append({key: value.cpu().clone() for key, value in model.state_dict().items()})
-            score = next(upcoming)
-            if score is KeyboardInterrupt:
-                raise score
-            return score
+            nats = next(upcoming)
+            if nats is KeyboardInterrupt:
+                raise nats
+            return torch.tensor(nats)
 
-        monkeypatch.setattr(script, "evaluate", evaluate)
+        monkeypatch.setattr(script, "score", score)
         train(script, toy, *args)
 
-    return run, states, weights
+    return run, states, toy[1]
 
 
 def interrupted(run, *args, **kwargs):
     with pytest.raises(SystemExit) as stop:
-        run(*args, **kwargs)
+        run(*args, KeyboardInterrupt, **kwargs)
     assert stop.value.code == 130
+
+
+def resume(weights):
+    return weights.parent / "weights.v1.resume"
 
 
 def equal(state, other):
@@ -200,26 +208,30 @@ def holds(path, state):
 
 
 def test_the_best_weights_are_kept_not_the_last(script, scripted):
-    """Also where the last of three scores is of a run that was resumed."""
+    """Also where the last of three scores is of a run that went on; until then one can write with
+    the best so far."""
     run, states, weights = scripted
-    interrupted(run, 3.0, 1.0, KeyboardInterrupt)
-    run(2.0, args=["--resume"])
+    interrupted(run, 3.0, 1.0)
+    assert not weights.exists() and holds(resume(weights), states[1])
+    assert script.load(resume(weights)).prompt == doubled_letters(1500)[:16]
+    run(2.0)
     assert [holds(weights, state) for state in states] == [False, True, False, False]
     assert script.load(weights).prompt == doubled_letters(1500)[:16]
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(script, scripted, capsys):
-    """Resumed after its second of three scores it sees the same rows, masks, dropout and rates,
-    and ends with the same weights; Ctrl-C says how to go on."""
+def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsys):
+    """Interrupted after its second of three scores it sees the same rows, masks, dropout and rates,
+    and ends with the same weights."""
     run, states, weights = scripted
     run(3.0, 2.0, 1.0)
     weights.unlink()
-    interrupted(run, 3.0, 2.0, KeyboardInterrupt)
-    assert {path.name for path in weights.parent.iterdir()} == {"weights.pt", "weights.resume"}
-    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
-    run(1.0, args=["--resume"])
+    interrupted(run, 3.0, 2.0)
+    assert "the same command goes on after iteration 4" in capsys.readouterr().err
+    assert [*weights.parent.iterdir()] == [resume(weights)]
+    run(1.0)
+    assert "goes on after iteration 4" in capsys.readouterr().err
     assert equal(states[2], states[-1]) and holds(weights, states[2])
-    assert [path.name for path in weights.parent.iterdir()] == ["weights.pt"]
+    assert [*weights.parent.iterdir()] == [weights]
 
 
 def test_scores_and_samples_leave_training_as_it_was(script, scripted, monkeypatch):
@@ -233,52 +245,76 @@ def test_scores_and_samples_leave_training_as_it_was(script, scripted, monkeypat
     assert not equal(states[2], states[4])
 
 
-def test_a_fresh_run_keeps_the_weights_that_are_there(script, scripted):
-    """From its start: they stay until there are better ones, and as .old, whatever happens."""
+def test_weights_stay_until_a_run_ends_and_then_as_old(script, scripted):
+    """However many runs are begun and interrupted before."""
     run, _, weights = scripted
     run(3.0, 2.0, 1.0)
-    first = weights.read_bytes()
-    interrupted(run, KeyboardInterrupt)
-    old = weights.with_suffix(".old")
-    assert weights.read_bytes() == old.read_bytes() == first
-    interrupted(run, 9.0, KeyboardInterrupt, args=["--seed", "2"])
+    first, old = weights.read_bytes(), weights.parent / "weights.v1.old"
+    interrupted(run, 9.0, args=["--seed", "2"])
+    interrupted(run, 8.0, args=["--seed", "2"])
+    assert weights.read_bytes() == first and not old.exists()
+    run(7.0, args=["--seed", "2"])
     assert old.read_bytes() == first != weights.read_bytes()
-    run(8.0, 7.0, args=["--resume", "--seed", "2"])
-    assert old.read_bytes() == first
+    assert {*weights.parent.iterdir()} == {weights, old}
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (["--iters", "5"], "'iters': 6"),
-        (["--batch", "5"], "'batch': 4"),
-        (["--seed", "5"], "'seed': 1337"),
-        ("n_layer", "'n_layer': 2"),
-        ("text", "'checksum'"),
-        ("script", "'script'"),
-        ("damage", "damaged"),
-        ("nothing", "No such file"),
-    ],
-)
-def test_only_the_same_run_is_resumed(script, scripted, toy, fails, monkeypatch, change, says):
-    """And a fresh one does not drop it."""
+@pytest.mark.parametrize("change", ["iters", "seed", "n_layer", "text", "script", "damage"])
+def test_only_the_same_run_goes_on(script, scripted, toy, fails, monkeypatch, change):
+    """What has reached an iteration is neither dropped nor mixed with another run."""
     run, _, weights = scripted
-    interrupted(run, 3.0, KeyboardInterrupt)
-    state = weights.with_suffix(".resume")
-    assert f"{state} is of an unfinished run: add --resume" in fails(script, *command(toy))
-    if change == "n_layer":
+    interrupted(run, 3.0)
+    args = []
+    if change in ("iters", "seed"):
+        args = [f"--{change}", "5"]
+    elif change == "n_layer":
         monkeypatch.setattr(script, "n_layer", 3)
     elif change == "text":
-        toy[0].write_text(doubled_letters(1500, seed=1))
+        toy[0].write_text(doubled_letters(1500) + "aa ")
     elif change == "script":
-        monkeypatch.setattr(script, "name", "other")
-    elif change == "damage":
-        state.write_bytes(b"half")
-    elif change == "nothing":
-        state.unlink()
-    args = change if isinstance(change, list) else []
-    line = fails(script, *command(toy, "--resume", *args))
-    assert says in line and str(state) in line
+        monkeypatch.setattr(script, "script_path", toy[0])
+    else:
+        resume(weights).write_bytes(b"half")
+    line = fails(script, *command(toy, *args))
+    says = "iters, seed" if change == "damage" else f"(other {change})"
+    assert f"{resume(weights)} is damaged or of another run" in line and says in line
+    assert "repeat its command, delete the file, or name other --weights" in line
+
+
+def out_of_memory(model, rows):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+@pytest.mark.parametrize("stop", ["memory", "ctrl-c"])
+def test_a_run_of_no_iteration_is_begun_anew(script, scripted, toy, fails, monkeypatch, stop):
+    """By the same command, and by another one as an error may advise: in an edited script, say."""
+    run, _, weights = scripted
+    for path in (script.script_path, toy[0]):
+        if stop == "memory":
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+                patch.setattr(script, "loss_fn", out_of_memory)
+                run()
+            assert end.value.code == 2
+        else:
+            interrupted(run)
+        assert torch.load(resume(weights), weights_only=True)["done"] == 0
+        monkeypatch.setattr(script, "script_path", path)
+        run(3.0, 2.0, 1.0)
+    assert not resume(weights).exists()
+
+
+def test_a_run_that_diverges_ends_with_one_line(script, scripted, capsys):
+    """Weights that are there stay; nothing is left that another learning rate would trip over."""
+    run, _, weights = scripted
+    run(3.0, 2.0, 1.0)
+    good = weights.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(1.0, math.nan)
+    assert stop.value.code == 2 and "smaller learning_rate\n" in capsys.readouterr().err
+    assert weights.read_bytes() == good and [*weights.parent.iterdir()] == [weights]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_iteration(script, toy, fails):
+    assert "data.txt" in fails(script, *command((toy[0], toy[0] / "weights.pt")))
 
 
 def test_all_is_saved_before_anything_is_shown(script, scripted, monkeypatch):
@@ -287,5 +323,5 @@ def test_all_is_saved_before_anything_is_shown(script, scripted, monkeypatch):
     monkeypatch.setattr(script.tqdm, "write", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(3.0)
-    assert holds(weights, states[0])
-    assert torch.load(weights.with_suffix(".resume"), weights_only=True)["done"] == 2
+    assert holds(resume(weights), states[0])
+    assert torch.load(resume(weights), weights_only=True)["done"] == 2
