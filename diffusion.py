@@ -224,6 +224,7 @@ def generate(model, prompt=None, length=2000, temp=0.9, looks=1):  # [3]
         yield text, total
     while mask in ids[:total]:
         first = (ids == mask).nonzero()[0].item()
+        # Of a prompt that has holes, or ends here, half a window is in view.
         start = max(0, first - (context if first > given else block_size // 2))
         end = min(start + block_size, total)
         window = ids[start : start + block_size]  # a view: what is written in it is written in ids
@@ -352,7 +353,7 @@ def train(data, weights, iters, seed=1337):
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
     else:
         state = dict(run, done=0, best=math.inf, weights=rounded(model))
-        save(state, state_path)
+        save(state, state_path)  # what cannot be written is known before any work is done
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     try:
@@ -413,9 +414,9 @@ def write(texts, characters):
 def main(argv=None):
     """The command line. Bad input ends with one line and exit code 2, Ctrl-C with 130."""
     parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes, by default.")
-    add = parser.add_argument
-    add("--train", action="store_true", help="train, and keep the weights that score best")
-    add("--eval", action="store_true", help="score the weights on the validation text")
+    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    mode.add_argument("--train", action="store_true", help="keep the weights that score best")
+    mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
     add("--data", type=Path, default=data_path, help="a text of your own")
     add("--weights", type=Path, default=weights_path, help="weights of your own")
@@ -425,11 +426,10 @@ def main(argv=None):
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
     args = parser.parse_args(argv)
+
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not 0 <= value <= 10**7:
             parser.error(f"--{key} takes a number from 0 to {10**7}")
-    if args.train and args.eval:
-        parser.error("--train or --eval, not both")
     if args.iters == 0:
         parser.error("--iters takes a number from 1")
 

@@ -1,8 +1,10 @@
 """The command line: what it writes where, bad input, Ctrl-C, fetching data.txt."""
 
 import hashlib
+import io
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -94,7 +96,7 @@ def test_eval_prints_nats_and_bits(script, here, capsys):
         (["--prompt", "a Zebra"], "unknown character 'Z'"),
         (["--weights", "nowhere.pt"], "cannot read nowhere.pt: No such file or directory; make it"),
         (["--weights", "."], "cannot read .: Is a directory"),
-        (["--train", "--eval"], "not both"),
+        (["--train", "--eval"], "not allowed with argument"),
         (["--train", "--weights", "."], "is a folder"),
     ],
 )
@@ -173,6 +175,25 @@ def test_own_text_is_never_fetched(script, source, fails, tmp_path):
 
 
 # ---- the real script: one of the two, as these lines are the same in both ----------------------
+@pytest.mark.skipif(os.name == "nt", reason="links and >&- are a POSIX shell's")
+def test_a_linked_script_runs_without_docstrings_and_with_its_output_closed(tmp_path):
+    """It finds its weights, and sends the figures to standard error."""
+    (tmp_path / "shakespeare").symlink_to(ROOT / "diffusion.py")
+    command = f"{sys.executable} -OO shakespeare --length 16 >&-"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=-1, text=True, timeout=99)
+    assert done.returncode == 0 and done.stderr.startswith("16 characters, 16 passes, ")
+
+
+def test_in_a_notebook_the_signals_stay_as_they_are(monkeypatch):
+    """Whose standard output is no file, and which runs a script in its own process."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    monkeypatch.setattr(sys, "argv", ["gpt.py", "--length", "0"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    runpy.run_path(str(ROOT / "gpt.py"), run_name="__main__")
+    assert sys.stdout.getvalue() == "First Citizen:\nB\n"
+    assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_while_writing_leaves_the_text_so_far(tmp_path):
     """In another folder: the weights are beside the script."""
