@@ -1,7 +1,8 @@
 """Replays in the terminal how diffusion.py writes, and gpt.py beside it: a frame is a forward pass.
 
 It calls no model. It records the texts that their generate() yields, and the time of each, then
-plays them. Four states: prompt (bold), hidden (shaded), just written (reversed), written (plain).
+plays them. Four states: given (bold), hidden (shaded), new in this pass (reversed), written before
+it (plain). Where there is room, the window of diffusion stands beside its text, as a table.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import time
 import unicodedata
 from bisect import bisect
 from collections import namedtuple
-from itertools import chain, groupby
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -21,42 +24,100 @@ from tqdm import tqdm
 import diffusion
 import gpt
 
-# One pass: the text, how much of it is final, characters and seconds since the prompt
-Frame = namedtuple("Frame", "text final written seconds")
+# After a pass: the text, how much of it is final; then characters, passes, seconds so far
+Frame = namedtuple("Frame", "text final written passes seconds")
 
 
 # ---- recording ---------------------------------------------------------------------------------
-def record(frames, texts, total, name):
+def record(frames, texts, name):
     """Appends a Frame for each pass to frames, whose first one holds the prompt."""
     begin, prompt = time.perf_counter(), frames[0].text
-    with tqdm(total=total, desc=name, unit=" characters", leave=False, disable=None) as bar:
-        for text, final in texts:
-            written = len(text) - text.count("_") - len(prompt) + prompt.count("_")
-            bar.update(written - frames[-1].written)
-            frames.append(Frame(text, final, written, time.perf_counter() - begin))
+    for text, final in tqdm(texts, name, unit=" passes", leave=False, disable=None):
+        written = len(text) - text.count("_") - len(prompt) + prompt.count("_")
+        frames.append(Frame(text, final, written, len(frames), time.perf_counter() - begin))
+    frames.append(frames[-1])  # a replay ends with a frame in which nothing is new
+
+
+def record_all(takes, args):
+    """Puts the frames of each model in takes, by its name. ValueError comes before any work: the
+    weights or the prompt cannot be read."""
+    length = args.blocks * (diffusion.block_size - diffusion.context)
+    model = diffusion.load(args.diffusion)
+    prompt = model.prompt if args.prompt is None else args.prompt
+    model.tokenizer.encode(prompt)
+    texts = {"diffusion": diffusion.generate(model, prompt, length, args.temp, args.looks)}
+    if args.compare:
+        if not prompt or "_" in prompt:
+            raise ValueError("GPT reads no '_' and no empty prompt: change it or drop --compare")
+        model = gpt.load(args.gpt)
+        model.tokenizer.encode(prompt)
+        texts["gpt"] = gpt.generate(model, prompt, length, args.temp)
+    for name in texts:
+        torch.manual_seed(args.seed)
+        takes[name] = [Frame(prompt, 0, 0, 0, 0.0)]
+        record(takes[name], texts[name], name)
+
+
+# ---- what a pass does --------------------------------------------------------------------------
+def window_start(frames, i):
+    """Where diffusion's window begins in pass i, by the rule of its generate()."""
+    final, prompt = frames[i].final, frames[0].text
+    return max(0, final - (diffusion.context if final > len(prompt) else diffusion.block_size // 2))
+
+
+def changes(frames, first, last):
+    """The places that passes first to last have changed."""
+    text = frames[last].text
+    before = frames[first - 1].text.ljust(len(text), "_")
+    return [j for j in range(len(text)) if text[j] != before[j]]
+
+
+def new_places(frames, i):
+    """The places that pass i writes. A second look takes the columns of the block in turn, and may
+    leave a character as it was."""
+    if i == len(frames) - 1:
+        return []
+    if frames[i].written > frames[i - 1].written:
+        return changes(frames, i, i)
+    first = [frame.final for frame in frames].index(frames[i].final, 1)  # the block's first pass
+    start = window_start(frames, i)
+    column_of = {j: (j - start) % diffusion.columns for j in changes(frames, first, i)}
+    filled = sorted(set(column_of.values()))
+    return [j for j in column_of if column_of[j] == filled[(i - first) % len(filled)]]
+
+
+def states(frames, i):
+    """The state of each character after pass i."""
+    state_of = ["hidden" if c == "_" else "written" for c in frames[i].text]
+    for j in new_places(frames, i):
+        state_of[j] = "new"
+    for j, c in enumerate(frames[0].text):
+        if c != "_":
+            state_of[j] = "given"
+    return state_of
 
 
 # ---- one frame ---------------------------------------------------------------------------------
-def palette():
-    """Glyphs: hidden, margin, bar, rest of the bar. Styles, which differ without colour too."""
-    lacking = b"?" in "░│━─".encode(sys.stdout.encoding, "replace")
-    prompt, new = ("1", "7") if os.environ.get("NO_COLOR") else ("1;35", "7;32")
-    styles = {"prompt": prompt, "hidden": "2", "new": new, "written": ""}
-    return "_|=-" if lacking else "░│━─", styles
+def glyphs():
+    """Hidden, margin, bar, rest of the bar, newline, space."""
+    lacking = b"?" in "░│━─↵·".encode(sys.stdout.encoding, "replace")
+    return "_|=-/~" if lacking else "░│━─↵·"
 
 
-def state(now, given, before):
-    """Of a character: what it is, what the prompt had there and what the pass before."""
-    if now == "_":
-        return "hidden"
-    if given != "_":
-        return "prompt"
-    return "written" if now == before else "new"
+def styled(text, state):
+    """The states differ without colour too: bold, dim, reversed, plain."""
+    given, new = ("1", "7") if os.environ.get("NO_COLOR") else ("1;35", "7;32")
+    style = {"given": given, "hidden": "2", "new": new, "written": ""}[state]
+    return f"\x1b[{style}m{text}\x1b[m"
+
+
+def is_wide(c):
+    return unicodedata.east_asian_width(c) in "WF"  # it takes two cells
 
 
 def status(frames, i):
     """What pass i does. A GPT writes no blocks: all of its text is final."""
-    if i >= len(frames):
+    if i == len(frames) - 1:
         return "done"
     if frames[i].final == len(frames[i].text):
         return ""
@@ -66,129 +127,181 @@ def status(frames, i):
 
 
 def figures(frames, i):
-    """What can be counted after pass i; each figure has the same width in all frames."""
-    passes = min(i, len(frames) - 1)
-    frame, digits = frames[passes], len(str(frames[-1].written))
-    return [
-        f"{passes:{digits}} passes",
-        f"{frame.written:{digits}} chars",
-        f"{frame.written / max(passes, 1):5.2f} per pass",
-        f"{frame.seconds:4.1f} s",
-    ]
+    """What can be counted after pass i, as wide in all frames."""
+    _, _, written, passes, seconds = frames[i]
+    digits = len(str(frames[-1].written))
+    share = written / max(passes, 1)
+    counts = f"{passes:{digits}} passes  {written:{digits}} chars"
+    return f"{counts}  {share:5.2f} per pass  {seconds:4.1f} s"
 
 
 def header(name, frames, i, width):
-    """The rows above the text; the last is a bar, as long as the share that is written."""
-    parts, (_, _, bar, rest) = figures(frames, i), palette()[0]
-    rows = [f"{name}  {status(frames, i)}", "  ".join(parts)]
-    if len(rows[1]) > width:
-        rows[1:] = "  ".join(parts[:2]), "  ".join(parts[2:])
-    done = width * frames[min(i, len(frames) - 1)].written // frames[-1].written
-    top, *others = (row[:width] for row in rows)
-    return [f"\x1b[1m{top}\x1b[m", *others, bar * done + rest * (width - done)]
+    """Three rows; the last is a bar, as long as the share that is written."""
+    _, _, bar, rest, _, _ = glyphs()
+    title = f"{name}  {status(frames, i)}"[:width]
+    done = width * frames[i].written // frames[-1].written
+    return [f"\x1b[1m{title}\x1b[m", figures(frames, i)[:width], bar * done + rest * (width - done)]
+
+
+def table_rows(frames, i):
+    """The window in pass i: 32 lines of 8 characters, in two stacks, and what the signs mean."""
+    hidden, _, _, _, newline, space = glyphs()
+    signs = {"_": hidden, "\n": newline, " ": space}
+    state_of, start, n = states(frames, i), window_start(frames, i), diffusion.columns
+    cells = ["  "] * diffusion.block_size  # the text may end before the window does
+    for j, c in enumerate(frames[i].text[start : start + diffusion.block_size]):
+        state = "given" if start + j < frames[i].final else state_of[start + j]
+        sign = signs.get(c, c if c.isprintable() else space)
+        cells[j] = styled(sign, state) + " " * (not is_wide(sign))
+    rows, half = [], diffusion.block_size // 2
+    for j in range(0, half, n):
+        rows.append("".join([*cells[j : j + n], "   ", *cells[half + j : half + j + n]]))
+    legend = "  ".join(styled(state, state) for state in ("given", "new", "written"))
+    return [*rows, "", legend, f"{hidden} hidden  {newline} newline  {space} space"]
 
 
 def layout(text, width):
     """The span of each row, with the newline or the space it ends at: they can be hidden too."""
-    wide = any(unicodedata.east_asian_width(c) in "WF" for c in set(text))  # two cells each
-    n = max(1, width // 2 if wide else width)
+    n = max(1, width // 2 if any(map(is_wide, set(text))) else width)
     rows = re.finditer(rf".{{,{n - 1}}}(?:\s|\Z)|.{{{n}}}", text)
     return [row.span() for row in rows if row[0]]
 
 
-def pane(name, frames, i, width, height):
-    """Frame i of one model, in at most height rows: the header, then the text around its block."""
-    frame, before = (frames[min(n, len(frames) - 1)] for n in (i, i - 1))
-    text, end = frame.text, len(frame.text)
-    given, old = (other.text.ljust(end, "_") for other in (frames[0], before))
-    states = [*map(state, text, given, old)]
-    (hidden, margin, _, _), styles = palette()
+def text_rows(frames, i, width, height):
+    """The text around the block of pass i, which a margin marks, in at most height rows."""
+    text, final, *_ = frames[i]
+    hidden, margin, *_ = glyphs()
     cells = [hidden if c == "_" else c if c.isprintable() else " " for c in text]
-
-    rows = header(name, frames, i, width)[: max(1, height // 2)]
-    spans, space = layout(frames[-1].text, width - 2), height - len(rows)
+    state_of = states(frames, i)
+    spans = layout(frames[-1].text, width - 2)
     row_ends = [row_end for _, row_end in spans]
     # The block is what is not final; of a GPT's text the newest character.
-    first, last = bisect(row_ends, min(frame.final, end - 1)), bisect(row_ends, end - 1)
-    top = max(0, min(first, last + 1 - space))  # if the block is too high, its end is left out
-    for n, (row_start, row_end) in enumerate(spans[top : top + space], top):
-        row = f"\x1b[2m{margin}\x1b[m " if first <= n <= last and i < len(frames) else "  "
-        for kind, run in groupby(range(row_start, min(row_end, end)), states.__getitem__):
-            row += f"\x1b[{styles[kind]}m{''.join(cells[j] for j in run)}\x1b[m"
+    first = bisect(row_ends, min(final, len(text) - 1))
+    last = bisect(row_ends, min(window_start(frames, i) + diffusion.block_size, len(text)) - 1)
+    top = max(0, min(first, last + 1 - height))  # if the block is too high, its end is left out
+    rows = []
+    for n, (row_start, row_end) in enumerate(spans[top : top + height], top):
+        in_block = first <= n <= last and i < len(frames) - 1
+        row = f"\x1b[2m{margin}\x1b[m " if in_block else "  "
+        for state, run in groupby(range(row_start, min(row_end, len(text))), state_of.__getitem__):
+            row += styled("".join(cells[j] for j in run), state)
         rows.append(row)
-    return rows + [""] * (height - len(rows))
+    return rows
+
+
+def at(x, y, rows):
+    return "".join(f"\x1b[{y + n};{x}H{row}" for n, row in enumerate(rows))
+
+
+def pane(name, frames, i, x, y, width, height):
+    """Frame i of one model: the header, and the text, with the table on its left if it fits."""
+    rows = header(name, frames, i, width)[: max(1, height // 2)]
+    drawn = at(x, y, rows)
+    y, height = y + len(rows), height - len(rows)
+    if name == "diffusion" and width >= 80 and height >= 20:
+        drawn += at(x, y, table_rows(frames, i)[:height])
+        taken = 4 * diffusion.columns + 5  # two cells per character, two stacks, the gaps
+        x, width = x + taken, width - taken
+    return drawn + at(x, y, text_rows(frames, i, width, height))
 
 
 def show(takes, i):
     """Draws frame i of all takes at once: a terminal that knows DEC 2026 shows no half of it."""
     columns, lines = (n or 40 for n in os.get_terminal_size(sys.stdout.fileno()))  # 0: unknown
-    beside = columns >= 100 or len(takes) == 1
-    width = (columns + 3) // len(takes) - 3 if beside else columns
-    height = lines if beside else lines // len(takes)
-    panes = [pane(name, frames, i, width, height) for name, frames in takes.items()]
-    right = f"\x1b[{columns - width + 1}G"  # to the first column of the pane on the right
-    rows = [*map(right.join, zip(*panes, strict=True))] if beside else [*chain(*panes), ""]
-    rows = "".join(f"\x1b[{y}H\x1b[K{row}" for y, row in enumerate(rows[:lines], 1))
-    print(f"\x1b[?2026h{rows}\x1b[?2026l", end="", flush=True)
+    stacked = len(takes) == 2 and columns < 100
+    width = columns if stacked else (columns + 3) // len(takes) - 3
+    height = lines // 2 if stacked else lines
+    drawn, x, y = "\x1b[H\x1b[J", 1, 1
+    for name, frames in takes.items():
+        drawn += pane(name, frames, min(i, len(frames) - 1), x, y, width, height)
+        x, y = (x, y + height) if stacked else (x + columns - width, y)
+    print(f"\x1b[?2026h{drawn}\x1b[?2026l", end="", flush=True)
+
+
+# ---- replay ------------------------------------------------------------------------------------
+@contextmanager
+def alternate_screen():
+    """Takes the terminal's other screen, without a cursor, and gives the first one back: at the
+    end, after an error, when the program is stopped, and while it is suspended."""
+    enter, leave = "\x1b[?1049h\x1b[?25l", "\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l"
+
+    def suspend(number, _):
+        # Not by print: the signal may come in the middle of one.
+        os.write(sys.stdout.fileno(), leave.encode())
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # it stops here until `fg`
+        signal.signal(number, suspend)
+        os.write(sys.stdout.fileno(), enter.encode())
+
+    handlers = {signal.SIGTERM: lambda *_: sys.exit(143)}  # so that each finally runs
+    if hasattr(signal, "SIGTSTP"):  # Ctrl-Z; Windows has none
+        handlers[signal.SIGTSTP] = suspend
+    if os.name == "nt":
+        os.system("")  # from now on a Windows console takes escape sequences
+    previous = {number: signal.signal(number, handlers[number]) for number in handlers}
+    try:
+        print(enter, end="")
+        yield
+    finally:
+        for number in previous:
+            signal.signal(number, previous[number])
+        print(leave, end="", flush=True)
+
+
+def replay(takes, fps):
+    with alternate_screen():
+        for i in range(1, max(map(len, takes.values()))):
+            show(takes, i)
+            time.sleep(1 / fps)
+        time.sleep(1)  # to look at the end
 
 
 # ---- command line ------------------------------------------------------------------------------
-def main(argv=None):
-    """Records, replays, prints the texts; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser("visualize.py", "%(prog)s [options]", __doc__.splitlines()[0])
+def arguments(argv):
+    about = "Replays in the terminal how diffusion.py writes: a frame is a forward pass."
+    parser = argparse.ArgumentParser("visualize.py", "%(prog)s [options]", about)
     add = parser.add_argument
     add("--compare", action="store_true", help="show gpt.py beside diffusion.py")
-    add("--blocks", default=5, type=int, metavar="N", help="blocks of 240 characters to write (5)")
-    add("--fps", default=20, type=int, metavar="N", help="forward passes per second (20)")
-    add("--prompt", metavar="TEXT", help="the text to start from; diffusion fills its holes, '_'")
-    add("--temp", default=0.7, type=float, metavar="T", help="temperature, 0 = greedy (0.7)")
-    add("--seed", default=1337, type=int, metavar="N", help="random seed (1337)")
+    add("--blocks", type=int, default=5, help="blocks of 240 characters to write (%(default)s)")
+    add("--fps", type=float, help="forward passes per second (5, with --compare 20)")
+    add("--prompt", help="the text to start from; diffusion fills its holes, '_'")
+    add("--temp", type=float, default=0.9, help="temperature, 0 is greedy (%(default)s)")
+    add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")
+    add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
+    add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")
+    add("--gpt", type=Path, default=gpt.weights_path, help="weights of your own")
     args = parser.parse_args(argv)
-    # A replay keeps the text of each pass: many more blocks would take gigabytes.
-    limits = dict(blocks=(1, 100), fps=(1, 1000), temp=(0, 10**7), seed=(0, 10**7))
+    if args.fps is None:
+        args.fps = 20 if args.compare else 5  # a GPT needs many passes
+    # A replay keeps the text of each pass: many more would take gigabytes.
+    limits = dict(blocks=(1, 100), fps=(0.1, 1000), temp=(0, 10**7), looks=(0, 20), seed=(0, 10**7))
     for key, (least, most) in limits.items():
         if not least <= vars(args)[key] <= most:
             parser.error(f"--{key} takes a number from {least} to {most}")
-    if os.name == "nt":
-        os.system("")  # from now on a Windows console takes escape sequences
-    sys.stdout.reconfigure(encoding="utf-8" if os.name == "nt" else None, errors="replace")
-    length = args.blocks * (diffusion.block_size - diffusion.context)
-    modules = (diffusion, gpt) if args.compare else (diffusion,)
-    takes, i = {}, sys.maxsize  # the frames of each model, and the one shown: the last, if none is
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so each finally runs
+    return args
+
+
+def main(argv=None):
+    """Records, replays, prints the texts. Bad input ends with one line and exit code 2."""
+    args, takes = arguments(argv), {}
     try:
-        models = [module.load(module.weights_path) for module in modules]
-        prompt = models[0].prompt if args.prompt is None else args.prompt
-        if args.compare and (not prompt or "_" in prompt):
-            raise ValueError("GPT reads no '_' and no empty prompt: change it or drop --compare")
-        for model in models:
-            model.tokenizer.encode(prompt)
-        for module, model in zip(modules, models, strict=True):
-            frames = takes[module.name] = [Frame(prompt, 0, 0, 0.0)]
-            torch.manual_seed(args.seed)
-            texts = module.generate(model, prompt, length, args.temp)
-            record(frames, texts, length + prompt.count("_"), module.name)
-        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            try:
-                print("\x1b[?1049h\x1b[?25l", end="")  # the alternate screen, without a cursor
-                for i in range(1, max(map(len, takes.values())) + 1):
-                    show(takes, i)
-                    time.sleep(1 / args.fps)
-                time.sleep(1)  # to look at the end
-            finally:
-                print("\x1b[?2026l\x1b[m\x1b[?25h\x1b[?1049l", end="", flush=True)
+        record_all(takes, args)
+        if sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            replay(takes, args.fps)
     except ValueError as error:
-        parser.exit(2, f"visualize.py: {error}\n")
+        print(f"visualize.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         for name, frames in takes.items():
-            print(f"\n{name}  {'  '.join(figures(frames, i))}", file=sys.stderr)
-            print(frames[min(i, len(frames) - 1)].text, flush=True)
-        signal.signal(signal.SIGTERM, handler)
+            print(f"\n{name}  {figures(frames, -1)}", file=sys.stderr)
+            print(frames[-1].text, flush=True)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor one that is closed
+        sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
+        if hasattr(signal, "SIGPIPE"):  # Windows has none
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()
