@@ -1,9 +1,12 @@
 """What measurements/measure.py measures is what its names say."""
 
+import functools
+import inspect
 import itertools
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import measure
 import pytest
@@ -30,7 +33,7 @@ def files(tmp_path):
 
 
 def tables(capsys):
-    """What was printed, as rows of cells below each head; a row has as many as its head."""
+    """What was printed, as rows of cells under each head; a row has as many as its head."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     starts = [i - 1 for i, row in enumerate(rows) if set(row) == {"---"}] + [len(rows)]
@@ -45,12 +48,11 @@ def test_figures_by_hand():
     assert measure.evenly(range(10), 4) == [0, 2, 5, 7] and measure.evenly("abc", 9) == [*"abc"]
     a, b = torch.tensor([1.0, 2, 3]).numpy(), torch.tensor([1.0, 0, -1]).numpy()
     assert measure.mean(a) == "2.000 ± 0.577" and measure.mean(a - b, sign="+") == "+2.000 ± 1.155"
-    assert measure.median([3, 1, 20]) == "3 (1 to 20)"
-    texts = ["x the cat's x", f"x On the cat, the {CHARS[:24]}"]
+    texts, others = ["x the cat's x", f"x On the cat, the {CHARS[:24]}"], [" a x" * 9]
     assert measure.words(texts) == ["the", "cat's", "on", "the", "cat", "the"]
-    runs = set(measure.pieces(CHARS[:26], 20, 1))
-    shares = measure.judge(texts, {"the", "on"}, runs, "cat", 29)[:3]
-    assert shares == (4 / 6, 4 / 6, 5 / 23)
+    known, distinct, copied, _ = measure.judge([texts, others], f"x On the {CHARS[:24]}", "cat")
+    assert (known, distinct) == ([4 / 6, 0], [4 / 6, 2 / 16])
+    assert copied == [100 * 10 / 23, 0]
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
@@ -80,19 +82,18 @@ def test_the_n_gram_is_kneser_neys(order):
         kept = seen.get(char, 0) - lost.get(char, 0)
         return (kept + sum(lost.values()) * shorter) / sum(seen.values())
 
-    model, text = measure.KneserNey(texts, order, 4), "abcadbacabba"
+    nats, text = measure.ngram(texts, order, 4), "abcadbacabba"
     expected = [-math.log(probability(text[:i], char, order)) for i, char in enumerate(text)]
-    assert model.nats(text).tolist() == pytest.approx(expected)
+    assert nats(text).tolist() == pytest.approx(expected)
 
 
 def test_reverse_charges_for_gibberish_and_for_monotony():
     garbled, monotone = val.translate(str.maketrans("abcde", "bcdea")), f"{made_up[59]} " * 80
-    texts = [val], [garbled], [monotone]
-    good, *bad = (measure.judge(text, {}, {}, train, 28)[3] for text in texts)
+    *_, (good, *bad) = measure.judge([[val], [garbled], [monotone]], val, train)
     assert good < min(bad) - 0.1
 
 
-def test_nats_by_hidden_go_by_the_number_of_hidden_neighbours():
+def test_nats_by_hidden_go_by_the_number_of_hidden_columns():
     """By a model that is the surer the more is hidden, and knows nothing of what is not hidden."""
     truth = F.one_hot(diffusion.CharTokenizer(chars).encode(val[:256]), len(chars))
 
@@ -106,14 +107,14 @@ def test_nats_by_hidden_go_by_the_number_of_hidden_neighbours():
 
 
 def test_infill_pays_what_scoring_pays_and_all_words_sum_to_one(script):
-    """Words of two letters; diffusion alone sees what is behind them."""
+    """Words of two letters; diffusion alone sees what comes after them."""
     model, text = random_model(script, "abc"), "".join(draw.choices("abc", k=256))
-    nats = measure.infill_nats(script, model, text, 16, 256)
-    assert nats == pytest.approx(script.evaluate(model, text), abs=1e-4)
+    _, nats = measure.infill(script, model, text, 16, 256)
+    assert nats == pytest.approx(script.score(model, text).mean().item(), abs=1e-4)
 
-    def likelihoods(behind):
-        texts = [f"{text[:128]}{a}{b}{behind}" for a, b in itertools.product("abc", repeat=2)]
-        return [math.exp(-2 * measure.infill_nats(script, model, t, 128, 130)) for t in texts]
+    def likelihoods(after):
+        texts = [f"{text[:128]}{a}{b}{after}" for a, b in itertools.product("abc", repeat=2)]
+        return [math.exp(-2 * measure.infill(script, model, t, 128, 130)[1]) for t in texts]
 
     here, there = likelihoods(text[130:]), likelihoods(text[131:] + "a")
     assert sum(here) == pytest.approx(1, abs=1e-4) and sum(there) == pytest.approx(1, abs=1e-4)
@@ -121,14 +122,14 @@ def test_infill_pays_what_scoring_pays_and_all_words_sum_to_one(script):
 
 
 def test_restored_is_a_word_that_is_written_whole_without_a_sight_of_it(script):
-    """At temperature 0; no model can read a question mark."""
+    """At temperature 0."""
     model, left, right = random_model(script, chars), val[:128], val[134:256]
     asked = (left, 6) if script is gpt else (left + "______" + right, 0)
     *_, (text, _) = script.generate(model, *asked, temp=0)
     word = text[128:134]
-    assert measure.restored(script, model, left + word + right, 128, 134)
-    for other in ("?" + word[1:], word[:5] + "?"):
-        assert not measure.restored(script, model, left + other + right, 128, 134)
+    for other in word, "b" + word[1:], "c" + word[1:], word[:5] + "b", word[:5] + "c":
+        restored, _ = measure.infill(script, model, left + other + right, 128, 134)
+        assert restored == (other == word)
 
 
 def test_hidden_words_are_whole_and_stand_in_the_middle_of_what_is_in_view():
@@ -145,34 +146,122 @@ def test_nats_are_those_of_the_scripts_and_of_the_n_gram_on_the_validation_text(
     models = gpt.load(files[1], torch.float32), diffusion.load(files[-1], torch.float32)
     nanogpt = [val[i : i + 257] for i in (0, 256, 512)]
     rows = torch.stack([models[0].tokenizer.encode(text) for text in nanogpt])
-    ngram = measure.KneserNey([train], 7, 28)
+    ngram = measure.ngram([train], 7, 28)
     expected = {
-        (0, 1): gpt.evaluate(models[0], val),
+        (0, 1): gpt.score(models[0], val).mean(),
         (0, 4): gpt.loss_fn(models[0], rows).item(),
-        (1, 1): diffusion.evaluate(models[1], val),
-        (3, 1): ngram.nats(val[:976])[16:].mean(),  # the windows, with an unlimited history
-        (3, 4): sum(ngram.nats(text)[1:].mean() for text in nanogpt) / 3,
+        (1, 1): diffusion.score(models[1], val).mean(),
+        (3, 1): ngram(val[:976])[16:].mean(),  # the windows, with an unlimited history
+        (3, 4): sum(ngram(text)[1:].mean() for text in nanogpt) / 3,
     }
     for (i, j), nats in expected.items():
         assert totals[i][j].startswith(f"{nats:.3f} ")
+    assert totals[1][2].startswith(f"{expected[1, 1] - expected[0, 1]:+.3f} ")
     assert totals[0][1] != totals[0][3] and details[0][1:] != details[2][1:]
     assert totals[1] == totals[2] and details[::2] == details[1::2]  # the same model, twice
     assert len(totals) == 4 and len(details) == 8
 
 
-def test_equal_amounts_of_text_are_compared_on_another(files, capsys, fails, monkeypatch):
+default = inspect.signature(diffusion.generate).parameters["temp"].default
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """How all texts are written: the model's prompt, temperature and passes of each call."""
+    calls, usual = [], measure.usual
+    for script in (gpt, diffusion):
+
+        @functools.wraps(script.generate)
+        def spy(*args, generate=script.generate):
+            yields = list(generate(*args))
+            calls.append((args[0].prompt, args[3], len(yields)))
+            return yields
+
+        monkeypatch.setattr(script, "generate", spy)
+
+    def spy_usual(model, n, length, way, passes, temp):
+        calls.append((model.prompt, temp, passes))
+        return usual(model, n, length, way, passes, temp)
+
+    monkeypatch.setattr(measure, "usual", spy_usual)
+    return calls
+
+
+def test_equal_amounts_of_text_are_compared_on_another(files, capsys, fails, monkeypatch, written):
     calls, judge = [], measure.judge
     monkeypatch.setattr(measure, "judge", lambda *args: calls.append(args) or judge(*args))
-    measure.main(["text", *files, "--temps", "0.7", "--texts", "1", "--length", "100"])
+    measure.main(["text", *files, "--temps", "2", "3", "--texts", "1", "--length", "100"])
     (rows,) = tables(capsys)
-    assert [cells[2] for cells in rows] == ["", "240.0", "38.4", "19.2", "57.6"]
-    assert rows[0][3] == "1.000 ± 0.000" and len(calls) == 3 * len(rows)
+    ways = [(2.0, 240), (3.0, 240), (2.0, 16), (3.0, 16)] + [(default, n) for n in (8, 16, 24)]
+    assert [cells[3:1:-1] for cells in rows[1:]] == [[*map(str, way)] for way in ways]
+    passes = [(temp, min(n, 100)) for temp, n in ways for _ in range(3)]  # of 100 characters
+    assert [(temp, n) for _, temp, n in written] == passes
+    assert rows[0][4] == "1.000 ± 0.000" and len(calls) == len(rows)
     stretches = [val[i : i + 100] for i in range(0, 1000, 100)]
-    assert all(scored == "".join(stretches[1::2]) for _, _, _, scored, _ in calls)
-    assert all(len(texts) == 1 and len(texts[0]) == 100 for texts, *_ in calls)
-    assert all(texts[0] in stretches[::2] for texts, *_ in calls[:3])
-    assert len({texts[0] for texts, *_ in calls}) == len(calls)
+    assert all(scored == "".join(stretches[1::2]) for _, _, scored in calls)
+    texts = [[text for (text,) in samples] for samples, *_ in calls]
+    assert all(len(text) == 100 for three in texts for text in three)
+    assert all(len(set(three)) > 1 for three in texts) and set(texts[0]) < set(stretches[::2])
     assert "too short" in fails(measure, "text", *files, "--length", "100")
+
+
+def usual(way, passes, temp, length, certainty):
+    """Three texts, and the windows (passes, B, T) that were read, by a model that expects a newline
+    with a certainty (T,) by its place in the window, and all other characters alike."""
+    others = (1 - certainty)[:, None].expand(-1, len(CHARS) - 1) / (len(CHARS) - 1)
+    logits, windows = torch.cat((certainty[:, None], others), 1).log().expand(3, -1, -1), []
+    model = Fake(diffusion, CHARS, lambda ids: windows.append(ids.clone()) or logits)
+    model.prompt = "once upon a time"
+    torch.manual_seed(0)
+    return measure.usual(model, 3, length, way, passes, temp), torch.stack(windows)
+
+
+@pytest.mark.parametrize("way", ["k surest", "k by chance"])
+def test_a_usual_way_fills_k_holes_a_pass_and_changes_nothing_else(way):
+    """Of a block of 240 in 9 passes, and of one of 6, which takes no more than 6."""
+    texts, windows = usual(way, 9, 1, 246, torch.full((256,), 0.5))
+    left = [240, 213, 186, 159, 132, 105, 78, 52, 26] + [240 - n for n in range(6)]
+    holes = windows == len(CHARS)
+    assert holes.sum(2).tolist() == [[n] * 3 for n in left]
+    encode = diffusion.CharTokenizer(CHARS).encode
+    first = torch.stack([encode("once upon a time" + text[:240]) for text in texts])
+    second = torch.stack([encode(text[224:] + "_" * 234) for text in texts])
+    assert (holes[:9] | (windows[:9] == first)).all()
+    assert (holes[9:] | (windows[9:] == second)).all()
+
+
+def test_the_surest_holes_are_filled_first_or_any():
+    certainty = 0.4 + torch.tensor(draw.sample(range(256), 256)) / 512
+    order = certainty[16:].argsort(descending=True) + 16
+    _, windows = usual("k surest", 8, 0, 240, certainty)
+    assert all((windows[i][:, order[30 * i :]] == len(CHARS)).all() for i in range(8))
+    _, windows = usual("k by chance", 8, 0, 240, certainty)
+    filled = windows[1] != windows[0]  # (B, T)
+    assert len({tuple(row) for row in filled.tolist()}) == 3
+    assert all(0.55 < certainty[row].mean() < 0.75 for row in filled)
+
+
+def test_what_is_drawn_is_judged_and_at_a_constant_temperature():
+    """Half of all draws are newlines. A hole that has drawn one is surer than any other."""
+    for way, least, most in ("k surest", 0.95, 1), ("k by chance", 0.43, 0.57):
+        texts, _ = usual(way, 240, 1, 240, torch.full((256,), 0.5))
+        assert least < "".join(texts).count("\n") / 720 < most
+
+
+def test_the_baseline_has_the_file_in_all_ways_and_ours_in_columns(files, capsys, written):
+    model = random_model(diffusion, chars, seed=1)
+    model.prompt = "a time upon once"
+    file = checkpoint(model, Path(files[-1]).with_name("usual.pt"))
+    options = ["--temps", "0.6", "0.8", "--texts", "1", "--length", "30"]
+    measure.main(["baseline", str(file), *files, *options])
+    (rows,) = tables(capsys)
+    ways = [*itertools.product(["k surest", "k by chance"], [8, 16, 64, 240], [0.6, 0.8])]
+    columns = [("columns", 8, default), ("columns", 16, default)]
+    expected = [("`usual.pt`", *way) for way in ways + columns]
+    expected += [("`1.pt`", *way) for way in columns]
+    assert [cells[:4] for cells in rows[1:]] == [[*map(str, cells)] for cells in expected]
+    prompts = {"`usual.pt`": model.prompt, "`1.pt`": "once upon a time"}
+    assert written == [(prompts[name], temp, n) for name, _, n, temp in expected for _ in range(3)]
 
 
 def test_infill_and_speed_print_a_table(files, capsys, fails):
