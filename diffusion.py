@@ -205,16 +205,20 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.9, looks=1):  # [3]
+def generate(model, prompt=None, length=2000, temp=0.85, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then writes length characters after it.
     After each pass it yields the text so far, holes as "_", and how much of it is final: what is
     before the block. ValueError: the prompt cannot be read.
 
-    The window is a table of lines of 8 characters. In the draft each pass writes the column that
-    the model is surest of; in a second look each column is erased and written again. Five lines,
-    after 1, 2, 4 and 8 passes:
+    The window is a table, 8 characters to a line. In the draft each pass writes the column that the
+    model is surest of; in a second look each column is erased and written again. Five lines that
+    follow "MERCUTIO:/The ki" after 1, 2, 4, 8 passes and, with the second look, 16:
 
-        EXAMPLE
+        n_______    ng______    ng____e     ng have     ng have
+        p_______    pa______    pa____mo    part; mo    part, mo
+        r_______    re______    re____ s    re too s    re too s
+        l_______    la______    la____s     lave is     erve as
+        l_______    li______    li____;     living;     living,
     """
     text = model.prompt if prompt is None else prompt
     given, total, mask = len(text), len(text) + length, model.tokenizer.mask  # [3]
@@ -422,7 +426,7 @@ def main(argv=None):
     add("--weights", type=Path, default=weights_path, help="weights of your own")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--temp", type=float, default=0.9, help="temperature, 0 is greedy (%(default)s)")
+    add("--temp", type=float, default=0.85, help="temperature, 0 is greedy (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
     args = parser.parse_args(argv)
