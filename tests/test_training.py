@@ -111,7 +111,7 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch
     assert len({word[0] for word in words}) == 4
     output = capsys.readouterr().err
     assert output.count("nats per character") == (2 if script is gpt else 3)
-    assert "aa " in output and f"{toy[1]}: " in output
+    assert f"{toy[1]}: " in output
     assert [path.name for path in toy[1].parent.iterdir()] == ["weights.v1"]
 
 
@@ -234,7 +234,7 @@ def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsy
     assert [*weights.parent.iterdir()] == [weights]
 
 
-def test_scores_and_samples_leave_training_as_it_was(script, scripted, monkeypatch):
+def test_scores_leave_training_as_it_was(script, scripted, monkeypatch):
     """Scored once or three times on the way, training ends with the same weights."""
     run, states, _ = scripted
     run(1.0, 1.0, 1.0)
