@@ -1,12 +1,9 @@
 """What measurements/measure.py measures is what its names say."""
 
-import functools
 import inspect
 import itertools
 import math
 import random
-from collections import Counter
-from pathlib import Path
 
 import measure
 import pytest
@@ -55,36 +52,20 @@ def test_figures_by_hand():
     assert copied == [100 * 10 / 23, 0]
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
-def test_the_n_gram_is_kneser_neys(order):
-    """Against one that follows the definition and counts by reading all texts."""
-    texts = ["".join(draw.choices("aabc", k=60)) for _ in range(3)]
-
-    def counts(n):
-        ends = [(text, i) for text in texts for i in range(order, len(text) + 1)]
-        if n == order:
-            return Counter(text[i - n : i] for text, i in ends)
-        return Counter(gram[1:] for gram in {text[i - n - 1 : i] for text, i in ends})
-
-    def probability(before, char, n):
-        if n == 0:
-            return 1 / 4
-        context, shorter = before[len(before) - n + 1 :], probability(before, char, n - 1)
-        seen = {gram[-1]: count for gram, count in counts(n).items() if gram[:-1] == context}
-        if len(before) < n - 1 or not seen:
-            return shorter
-        times = [[*counts(n).values()].count(k) for k in range(5)]
-        y, discounts = times[1] / max(1, times[1] + 2 * times[2]), [0]
-        for k in (1, 2, 3):
-            exact = k - (k + 1) * y * times[k + 1] / max(1, times[k])
-            discounts.append(min(max(exact, k / 10), 9 * k / 10))
-        lost = {key: discounts[min(count, 3)] for key, count in seen.items()}
-        kept = seen.get(char, 0) - lost.get(char, 0)
-        return (kept + sum(lost.values()) * shorter) / sum(seen.values())
-
-    nats, text = measure.ngram(texts, order, 4), "abcadbacabba"
-    expected = [-math.log(probability(text[:i], char, order)) for i, char in enumerate(text)]
-    assert nats(text).tolist() == pytest.approx(expected)
+def test_the_n_gram_is_kneser_neys():
+    """By hand, of pairs: ab, ba and bb come four times, ac and ca twice, ad and bd once. a, b and d
+    come after two characters, c after one, x never."""
+    once, twice, often = 1 / 3, 1.8, 0.3  # discounts; the most is nine tenths, the least a tenth
+    lost = 1 / 7 + 3 * twice
+    a = b = d = (2 - twice + lost / 5) / 7
+    c = (1 - 1 / 7 + lost / 5) / 7
+    x = lost / 5 / 7
+    lost = once + twice + often  # after a
+    expected = [a, lost * x / 7, a, (4 - often + lost * b) / 7]
+    expected += [(4 - often + (2 * often + once) * a) / 9, (2 - twice + lost * c) / 7]
+    expected += [(2 - twice + twice * a) / 2, (1 - once + lost * d) / 7]
+    nats = measure.ngram(["abacabad", "abacaba", "bd", "bbbbb"], 2, 5)("axabacad")
+    assert nats.tolist() == pytest.approx([-math.log(p) for p in expected])
 
 
 def test_reverse_charges_for_gibberish_and_for_monotony():
@@ -106,18 +87,12 @@ def test_nats_by_hidden_go_by_the_number_of_hidden_columns():
     assert nats.tolist() == pytest.approx(expected)
 
 
-def test_infill_pays_what_scoring_pays_and_all_words_sum_to_one(script):
-    """Words of two letters; diffusion alone sees what comes after them."""
+def test_infill_pays_what_scoring_pays_and_diffusion_sees_what_comes_after(script):
     model, text = random_model(script, "abc"), "".join(draw.choices("abc", k=256))
     _, nats = measure.infill(script, model, text, 16, 256)
     assert nats == pytest.approx(script.score(model, text).mean().item(), abs=1e-4)
-
-    def likelihoods(after):
-        texts = [f"{text[:128]}{a}{b}{after}" for a, b in itertools.product("abc", repeat=2)]
-        return [math.exp(-2 * measure.infill(script, model, t, 128, 130)[1]) for t in texts]
-
-    here, there = likelihoods(text[130:]), likelihoods(text[131:] + "a")
-    assert sum(here) == pytest.approx(1, abs=1e-4) and sum(there) == pytest.approx(1, abs=1e-4)
+    here = measure.infill(script, model, text, 128, 130)
+    there = measure.infill(script, model, text[:130] + text[131:] + "a", 128, 130)
     assert (here == there) == (script is gpt)
 
 
@@ -166,36 +141,32 @@ default = inspect.signature(diffusion.generate).parameters["temp"].default
 
 
 @pytest.fixture
-def written(monkeypatch):
-    """How all texts are written: the model's prompt, temperature and passes of each call."""
-    calls, usual = [], measure.usual
+def temps(monkeypatch):
+    """The temperature of each pass in which something is written."""
+    drawn_at = []
     for script in (gpt, diffusion):
 
-        @functools.wraps(script.generate)
-        def spy(*args, generate=script.generate):
-            yields = list(generate(*args))
-            calls.append((args[0].prompt, args[3], len(yields)))
-            return yields
+        def spy(logits, temp, draw=script.draw):
+            drawn_at.append(temp)
+            return draw(logits, temp)
 
-        monkeypatch.setattr(script, "generate", spy)
-
-    def spy_usual(model, n, length, way, passes, temp):
-        calls.append((model.prompt, temp, passes))
-        return usual(model, n, length, way, passes, temp)
-
-    monkeypatch.setattr(measure, "usual", spy_usual)
-    return calls
+        monkeypatch.setattr(script, "draw", spy)
+    return drawn_at
 
 
-def test_equal_amounts_of_text_are_compared_on_another(files, capsys, fails, monkeypatch, written):
+def falling(temp, passes):
+    return [temp * (1 - i / passes) for i in range(passes)]
+
+
+def test_equal_amounts_of_text_are_compared_on_another(files, capsys, fails, monkeypatch, temps):
     calls, judge = [], measure.judge
     monkeypatch.setattr(measure, "judge", lambda *args: calls.append(args) or judge(*args))
     measure.main(["text", *files, "--temps", "2", "3", "--texts", "1", "--length", "100"])
     (rows,) = tables(capsys)
     ways = [(2.0, 240), (3.0, 240), (2.0, 16), (3.0, 16)] + [(default, n) for n in (8, 16, 24)]
     assert [cells[3:1:-1] for cells in rows[1:]] == [[*map(str, way)] for way in ways]
-    passes = [(temp, min(n, 100)) for temp, n in ways for _ in range(3)]  # of 100 characters
-    assert [(temp, n) for _, temp, n in written] == passes
+    assert temps[:600] == [2] * 300 + [3] * 300  # GPT: three times 100 characters
+    assert temps[600:] == [temp for way in ways[2:] for temp in falling(*way) * 3]
     assert rows[0][4] == "1.000 ± 0.000" and len(calls) == len(rows)
     stretches = [val[i : i + 100] for i in range(0, 1000, 100)]
     assert all(scored == "".join(stretches[1::2]) for _, _, scored in calls)
@@ -216,10 +187,9 @@ def usual(way, passes, temp, length, certainty):
     return measure.usual(model, 3, length, way, passes, temp), torch.stack(windows)
 
 
-@pytest.mark.parametrize("way", ["k surest", "k by chance"])
-def test_a_usual_way_fills_k_holes_a_pass_and_changes_nothing_else(way):
+def test_a_usual_way_fills_k_holes_a_pass_and_changes_nothing_else():
     """Of a block of 240 in 9 passes, and of one of 6, which takes no more than 6."""
-    texts, windows = usual(way, 9, 1, 246, torch.full((256,), 0.5))
+    texts, windows = usual("k by chance", 9, 1, 246, torch.full((256,), 0.5))
     left = [240, 213, 186, 159, 132, 105, 78, 52, 26] + [240 - n for n in range(6)]
     holes = windows == len(CHARS)
     assert holes.sum(2).tolist() == [[n] * 3 for n in left]
@@ -248,10 +218,8 @@ def test_what_is_drawn_is_judged_and_at_a_constant_temperature():
         assert least < "".join(texts).count("\n") / 720 < most
 
 
-def test_the_baseline_has_the_file_in_all_ways_and_ours_in_columns(files, capsys, written):
-    model = random_model(diffusion, chars, seed=1)
-    model.prompt = "a time upon once"
-    file = checkpoint(model, Path(files[-1]).with_name("usual.pt"))
+def test_the_baseline_has_the_file_in_all_ways_and_ours_in_columns(files, tmp_path, capsys, temps):
+    file = checkpoint(random_model(diffusion, chars, seed=1), tmp_path / "usual.pt")
     options = ["--temps", "0.6", "0.8", "--texts", "1", "--length", "30"]
     measure.main(["baseline", str(file), *files, *options])
     (rows,) = tables(capsys)
@@ -260,8 +228,9 @@ def test_the_baseline_has_the_file_in_all_ways_and_ours_in_columns(files, capsys
     expected = [("`usual.pt`", *way) for way in ways + columns]
     expected += [("`1.pt`", *way) for way in columns]
     assert [cells[:4] for cells in rows[1:]] == [[*map(str, cells)] for cells in expected]
-    prompts = {"`usual.pt`": model.prompt, "`1.pt`": "once upon a time"}
-    assert written == [(prompts[name], temp, n) for name, _, n, temp in expected for _ in range(3)]
+    constant = [temp for _, n, temp in ways for _ in range(3 * min(n, 30))]
+    assert temps == constant + (falling(default, 8) * 3 + falling(default, 16) * 3) * 2
+    assert rows[-1][4:] != rows[-3][4:]  # those are two models
 
 
 def test_infill_and_speed_print_a_table(files, capsys, fails):
