@@ -228,7 +228,7 @@ def generate(model, prompt=None, length=2000, temp=0.85, looks=1):  # [3]
         yield text, total
     while mask in ids[:total]:
         first = (ids == mask).nonzero()[0].item()
-        # Of a prompt that has holes, or ends here, half a window is in view.
+        # Before a hole of the prompt, or right after it, half a window of what is given is in view.
         start = max(0, first - (context if first > given else block_size // 2))
         end = min(start + block_size, total)
         window = ids[start : start + block_size]  # a view: what is written in it is written in ids
@@ -289,13 +289,13 @@ def loss_fn(model, rows):
     inputs = hide(targets, model.tokenizer.mask)  # [4]
     nats = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")  # (B, T)
     hidden = inputs == model.tokenizer.mask
-    return ((nats * hidden).sum(1) / hidden.sum(1)).mean()  # [5] each row counts alike
+    return ((nats * hidden).sum(1) / hidden.sum(1).clamp(1)).mean()  # [5] each row counts alike
 
 
 def hide(ids, mask):
     """ids (B, T) with neighbouring columns of the table replaced by mask, but for the context: all
     of them as when a draft begins, one as in a second look, and as often any number between.
-    MDLM and LLaDA hide each character by chance: torch.rand(B, T) < torch.rand(B, 1)."""
+    MDLM and LLaDA hide each character by chance: hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
     width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns  # hidden columns
     places = torch.arange(T) + torch.randint(columns, (B, 1))  # on the CPU: a seed hides alike
