@@ -59,7 +59,7 @@ class Fake(torch.nn.Module):
 
 @pytest.fixture
 def fails(capsys, tmp_path):
-    """Runs a module's main on bad input; gives back the line it says, behind one of usage where the
+    """Runs a module's main on bad input; gives back the line it says, after one of usage where the
     arguments are wrong in themselves. Nothing may be written anywhere."""
 
     def files():
