@@ -143,11 +143,11 @@ def header(name, frames, i, width):
     return [f"\x1b[1m{title}\x1b[m", figures(frames, i)[:width], bar * done + rest * (width - done)]
 
 
-def table_rows(frames, i):
+def table_rows(frames, i, state_of):
     """The window in pass i: 32 lines of 8 characters, in two stacks, and what the signs mean."""
     hidden, _, _, _, newline, space = glyphs()
     signs = {"_": hidden, "\n": newline, " ": space}
-    state_of, start, n = states(frames, i), window_start(frames, i), diffusion.columns
+    start, n = window_start(frames, i), diffusion.columns
     cells = ["  "] * diffusion.block_size  # the text may end before the window does
     for j, c in enumerate(frames[i].text[start : start + diffusion.block_size]):
         state = "given" if start + j < frames[i].final else state_of[start + j]
@@ -167,12 +167,11 @@ def layout(text, width):
     return [row.span() for row in rows if row[0]]
 
 
-def text_rows(frames, i, width, height):
+def text_rows(frames, i, state_of, width, height):
     """The text around the block of pass i, which a margin marks, in at most height rows."""
     text, final, *_ = frames[i]
     hidden, margin, *_ = glyphs()
     cells = [hidden if c == "_" else c if c.isprintable() else " " for c in text]
-    state_of = states(frames, i)
     spans = layout(frames[-1].text, width - 2)
     row_ends = [row_end for _, row_end in spans]
     # The block is what is not final; of a GPT's text the newest character.
@@ -198,11 +197,12 @@ def pane(name, frames, i, x, y, width, height):
     rows = header(name, frames, i, width)[: max(1, height // 2)]
     drawn = at(x, y, rows)
     y, height = y + len(rows), height - len(rows)
+    state_of = states(frames, i)
     if name == "diffusion" and width >= 80 and height >= 20:
-        drawn += at(x, y, table_rows(frames, i)[:height])
+        drawn += at(x, y, table_rows(frames, i, state_of)[:height])
         taken = 4 * diffusion.columns + 5  # two cells per character, two stacks, the gaps
         x, width = x + taken, width - taken
-    return drawn + at(x, y, text_rows(frames, i, width, height))
+    return drawn + at(x, y, text_rows(frames, i, state_of, width, height))
 
 
 def show(takes, i):
