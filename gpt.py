@@ -185,18 +185,16 @@ def save(contents, path):
 
 def load(path, dtype=None):
     """The Model in a checkpoint, in eval mode on the best device. ValueError says what to do."""
-    remedy = f"make it with `{name}.py --train`"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
         fits = all(checkpoint[key] == size for key, size in sizes().items())
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except Exception:  # a damaged file can fail in any way
         fits = False
     if not fits:
-        raise ValueError(f"{path} is damaged, or of another script or other sizes: {remedy}")
+        fault = "damaged, or of another script or other sizes" if path.exists() else "missing"
+        raise ValueError(f"{path} is {fault}: make it with `{name}.py --train`")
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 

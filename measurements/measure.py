@@ -157,19 +157,21 @@ def judge(samples, train, real):
 @torch.inference_mode()
 def usual(model, n, length, way, passes, temp):
     """n texts in a usual way of masked diffusion: each pass draws all holes of a block and keeps
-    the k surest (LLaDA) or k by chance (MDLM). The windows are those of diffusion.generate()."""
+    the k surest (LLaDA) or k by chance (MDLM). The windows are those of diffusion.generate(), and
+    the temperature falls as there."""
     size, mask, end = diffusion.block_size, model.tokenizer.mask, len(model.prompt) + length
     ids = model.tokenizer.encode(model.prompt + "_" * (length + size)).repeat(n, 1)  # (B, T)
     for start in range(0, length, size - diffusion.context):
         window = ids[:, start : start + size]  # a view: what is written in it is written in ids
-        for passes_left in range(min(passes, length - start), 0, -1):
+        block_passes = min(passes, length - start)
+        for i in range(block_passes):
             holes = window == mask
             holes[:, end - start :] = False  # padding
             logits = model(window.to(model.rope.device)).cpu()
-            drawn = diffusion.draw(logits, temp)  # (B, T)
+            drawn = diffusion.draw(logits, temp * (1 - i / block_passes))  # (B, T)
             certainty = logits.softmax(-1).gather(2, drawn[..., None])[..., 0]
             order = certainty if way == "k surest" else torch.rand(n, size)
-            k = int((holes[0].sum() / passes_left).ceil())
+            k = int((holes[0].sum() / (block_passes - i)).ceil())
             kept = torch.where(holes, order, -1).topk(k).indices  # (B, k)
             window.scatter_(1, kept, drawn.gather(1, kept))
     return [model.tokenizer.decode(text[len(model.prompt) : end]) for text in ids]
@@ -199,7 +201,7 @@ def measure_text(models, train, val, args):
         rows += product(diffusions, ["columns"], [2 * draft], temps)
         rows += product(diffusions, ["columns"], [draft, 2 * draft, 3 * draft], [temp])
     else:
-        temps = args.temps or [0.5, 0.7, 1.0]
+        temps = args.temps or [0.7, 0.9, 2.0]
         rows = [*product(diffusions[:1], ["k surest", "k by chance"], [8, 16, 64, 240], temps)]
         rows += product(diffusions, ["columns"], [draft, 2 * draft], [temp])
     head("| | way | passes per 240 | temp | known words | distinct words | copied, % | reverse |")
