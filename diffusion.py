@@ -163,15 +163,10 @@ def sizes():
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
 
 
-def rounded(model):
-    return {key: weight.bfloat16() for key, weight in model.state_dict().items()}
-
-
 def save(contents, path):
     """Writes beside path, then renames: path holds the old or the new, never half. OSError."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -308,19 +303,16 @@ def rate(i, iters):
 
 
 def read_state(path, run):
-    """What a run has left in a file, or {}. ValueError: the file is damaged, or of another run."""
-    if not path.exists():
-        return {}
+    """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
     try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        other = [key for key in run if state and state[key] != run[key]]
     except Exception:  # a damaged file can fail in any way
-        state = {}
-    if state.get("done") == 0:  # no iteration is lost
-        return {}
-    other = ", ".join(key for key in run if state.get(key) != run[key])
+        other = run
     if other:
         remedy = "repeat its command, delete the file, or name other --weights"
-        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
+        others = ", ".join(other)
+        raise ValueError(f"{path} is damaged or of another run (other {others}): {remedy}")
     return state
 
 
@@ -328,8 +320,6 @@ def train(data, weights, iters, seed=1337):
     """Trains on the file data. The file weights gets what scores best on the validation text, when
     the run ends; until then that is in FILE.resume, beside all that the same call needs to go on.
     OSError, ValueError."""
-    if weights.is_dir():
-        raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
     device, dtype = best_device()
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -354,8 +344,8 @@ def train(data, weights, iters, seed=1337):
         adamw.load_state_dict(state["adamw"])
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
     else:
-        state = dict(run, done=0, best=math.inf, weights=rounded(model))
         save(state, state_path)  # what cannot be written is known before any work is done
+        state = dict(run, done=0, best=math.inf)
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     try:
@@ -383,7 +373,8 @@ def train(data, weights, iters, seed=1337):
                 state_path.unlink(missing_ok=True)
                 raise ValueError("the run has diverged: give it a smaller learning_rate")
             if nats < state["best"]:
-                state.update(best=nats, weights=rounded(model))
+                rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
+                state.update(best=nats, weights=rounded)
             state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
             state["done"] = i
             save(state, state_path)
@@ -392,7 +383,7 @@ def train(data, weights, iters, seed=1337):
         then = f"; the same command goes on after iteration {state['done']}"
         raise KeyboardInterrupt(then) from None
 
-    if weights.exists():
+    if weights.is_file():
         weights.replace(weights.with_name(f"{weights.name}.old"))
     save(dict(run, weights=state["weights"]), weights)
     state_path.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ def toy(monkeypatch, tmp_path, script):
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
     data.write_text(doubled_letters(1500))
-    return data, tmp_path / "new" / "folder" / "weights.v1"
+    (folder := tmp_path / "folder").mkdir()
+    return data, folder / "weights.v1"
 
 
 def command(toy, *args):
@@ -296,7 +297,7 @@ def test_a_run_of_no_iteration_is_begun_anew(script, scripted, toy, fails, monke
             assert end.value.code == 2
         else:
             interrupted(run)
-        assert torch.load(resume(weights), weights_only=True)["done"] == 0
+        assert torch.load(resume(weights), weights_only=True) == {}
         monkeypatch.setattr(script, "script_path", path)
         run(3.0, 2.0, 1.0)
     assert not resume(weights).exists()
