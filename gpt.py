@@ -170,6 +170,7 @@ def save(contents, path):
     """Writes beside path, then renames: path holds the old or the new, never half. OSError."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(buffer.getbuffer())
@@ -266,6 +267,8 @@ def train(data, weights, iters, seed=1337):
     """Trains on the file data. The file weights gets what scores best on the validation text, when
     the run ends; until then that is in FILE.resume, beside all that the same call needs to go on.
     OSError, ValueError."""
+    if weights.is_dir():
+        raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
     device, dtype = best_device()
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -329,7 +332,7 @@ def train(data, weights, iters, seed=1337):
         then = f"; the same command goes on after iteration {state['done']}"
         raise KeyboardInterrupt(then) from None
 
-    if weights.is_file():
+    if weights.exists():
         weights.replace(weights.with_name(f"{weights.name}.old"))
     save(dict(run, weights=state["weights"]), weights)
     state_path.unlink(missing_ok=True)

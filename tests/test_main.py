@@ -96,6 +96,7 @@ def test_eval_prints_nats_and_bits(script, here, capsys):
         (["--prompt", "a Zebra"], "unknown character 'Z'"),
         (["--weights", "nowhere.pt"], "nowhere.pt is missing: make it with `"),
         (["--train", "--eval"], "not allowed with argument"),
+        (["--train", "--weights", "."], "is a folder"),
     ],
 )
 def test_bad_input_gets_one_line(script, here, fails, monkeypatch, args, says):

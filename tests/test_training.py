@@ -72,8 +72,7 @@ def toy(monkeypatch, tmp_path, script):
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
     data.write_text(doubled_letters(1500))
-    (folder := tmp_path / "folder").mkdir()
-    return data, folder / "weights.v1"
+    return data, tmp_path / "new" / "folder" / "weights.v1"
 
 
 def command(toy, *args):
@@ -301,15 +300,6 @@ def test_a_run_that_diverges_ends_with_one_line(script, scripted, capsys):
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_first_iteration(script, toy, fails):
     assert "data.txt" in fails(script, *command((toy[0], toy[0] / "weights.pt")))
-
-
-def test_a_folder_in_the_place_of_the_weights_is_left_alone(script, scripted):
-    run, states, weights = scripted
-    weights.mkdir()
-    with pytest.raises(SystemExit) as stop:
-        run(3.0, 2.0, 1.0)
-    assert stop.value.code == 2 and holds(resume(weights), states[2])
-    assert {*weights.parent.iterdir()} == {weights, resume(weights)}
 
 
 def test_all_is_saved_before_anything_is_shown(script, scripted, monkeypatch):
