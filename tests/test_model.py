@@ -82,7 +82,7 @@ def test_a_fresh_block_adds_nothing_and_dropout_zeroes_half(script, branch, monk
     assert (block.eval()(*args) == x).float().mean() < 0.2  # of ReLU's zeros at most
 
 
-@pytest.mark.parametrize("given", [1, 100, 255, 256, 257, 700])
+@pytest.mark.parametrize("given", [1, 256, 257, 700])
 def test_cached_logits_equal_uncached_ones(given):
     """Also where the full window gives way to its last half, which happens twice here."""
     model, reads = random_model(gpt), []
