@@ -115,8 +115,7 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rope):  # [2]
-        B, T, _ = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3 * n_head, -1)  # (B, T, 3 * n_head, D)
+        qkv = self.qkv(norm(x)).unflatten(2, (3 * n_head, -1))  # (B, T, 3 * n_head, D)
         q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
         q = rotate(norm(q), rope)
         k = rotate(norm(k), rope)
@@ -168,7 +167,7 @@ def save(contents, path):
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_bytes(buffer.getbuffer())
         partial.replace(path)
@@ -215,15 +214,15 @@ def generate(model, prompt=None, length=2000, temp=0.85, looks=1):  # [3]
         l_______    li______    li____;     living;     living,
     """
     text = model.prompt if prompt is None else prompt
-    given, total, mask = len(text), len(text) + length, model.tokenizer.mask  # [3]
+    total, mask = len(text) + length, model.tokenizer.mask  # [3]
     # After what is to be written come holes that never are, so that no window is short.
     ids = F.pad(model.tokenizer.encode(text), (0, length + block_size), value=mask)
     if mask not in ids[:total]:
         yield text, total
     while mask in ids[:total]:
         first = (ids == mask).nonzero()[0].item()
-        # Before a hole of the prompt, or right after it, half a window of what is given is in view.
-        start = max(0, first - (context if first > given else block_size // 2))
+        # In the prompt, or right after it, a window shows more of what is given: half of it is.
+        start = max(0, first - (context if first > len(text) else block_size // 2))
         end = min(start + block_size, total)
         window = ids[start : start + block_size]  # a view: what is written in it is written in ids
         block = window == mask  # (T,) what is to be written
@@ -240,8 +239,7 @@ def generate(model, prompt=None, length=2000, temp=0.85, looks=1):  # [3]
             logits = model(window[None].to(model.rope.device)).cpu()
             column = surest_column(logits, (block & (window == mask))[None])[0]
             window[column] = draw(logits[0, column], temp * (1 - i / passes))
-            text = text[:start] + model.tokenizer.decode(ids[start:end]) + text[end:]
-            yield text, first
+            yield model.tokenizer.decode(ids[: max(end, len(text))]), first
 
 
 def surest_column(logits, holes):
@@ -257,8 +255,8 @@ def surest_column(logits, holes):
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact nats per character that each pass pays to write text, window by window, after the
-    context of each, at temperature 1: (windows, passes). Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character: (windows,
+    passes), for each pass that writes a window after its context. Leaves the model in eval mode."""
     model.eval()
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
     nats = []
@@ -287,8 +285,8 @@ def loss_fn(model, rows):
 
 
 def hide(ids, mask):
-    """ids (B, T) with neighbouring columns of the table replaced by mask, but for the context: all
-    of them as when a draft begins, one as in a second look, and as often any number between.
+    """ids (B, T) with 1 to 8 neighbouring columns of the table hidden, each number as often: 8 as
+    when a draft begins, 1 as in a second look. The context is never hidden.
     MDLM and LLaDA hide each character by chance: hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
     width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns  # hidden columns
@@ -307,13 +305,12 @@ def read_state(path, run):
     """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = [key for key in run if state and state[key] != run[key]]
+        other = ", ".join(key for key in run if state and state[key] != run[key])
     except Exception:  # a damaged file can fail in any way
-        other = run
+        other = ", ".join(run)
     if other:
         remedy = "repeat its command, delete the file, or name other --weights"
-        others = ", ".join(other)
-        raise ValueError(f"{path} is damaged or of another run (other {others}): {remedy}")
+        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
     return state
 
 
@@ -337,18 +334,17 @@ def train(data, weights, iters, seed=1337):
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32((train_text + val_text).encode())
+    run["text"] = zlib.crc32(data.read_bytes())
     run["script"] = zlib.crc32(script_path.read_bytes())
-    state_path = weights.with_name(f"{weights.name}.resume")
-    state = read_state(state_path, run)
-    if state:
+    state_path = Path(f"{weights}.resume")
+    state = dict(run, done=0, best=math.inf) | read_state(state_path, run)
+    if state["done"]:
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
     else:
-        save(state, state_path)  # what cannot be written is known before any work is done
-        state = dict(run, done=0, best=math.inf)
+        save({}, state_path)  # what cannot be written is known before any work is done
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     try:
@@ -366,7 +362,7 @@ def train(data, weights, iters, seed=1337):
             muon.step()
             adamw.step()
             if i % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{state['best']:.4f}")
+                bar.set_postfix(loss=loss.item(), best=state["best"])
             if i % eval_interval and i < iters:
                 continue
 
@@ -387,7 +383,7 @@ def train(data, weights, iters, seed=1337):
         raise KeyboardInterrupt(then) from None
 
     if weights.exists():
-        weights.replace(weights.with_name(f"{weights.name}.old"))
+        weights.replace(f"{weights}.old")
     save(dict(run, weights=state["weights"]), weights)
     state_path.unlink(missing_ok=True)
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)

@@ -113,8 +113,7 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rope, cache):  # [2]
-        B, T, _ = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3 * n_head, -1)  # (B, T, 3 * n_head, D)
+        qkv = self.qkv(norm(x)).unflatten(2, (3 * n_head, -1))  # (B, T, 3 * n_head, D)
         q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
         q = rotate(norm(q), rope)
         k = rotate(norm(k), rope)
@@ -123,7 +122,8 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
                 past_k, past_v = cache[self]
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             cache[self] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # [2] a single one sees all
+        # [2] causal where several characters are read, from position 0; a single one sees all
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
         y = F.relu(self.up(norm(x))).square()
@@ -171,7 +171,7 @@ def save(contents, path):
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_bytes(buffer.getbuffer())
         partial.replace(path)
@@ -208,26 +208,24 @@ def generate(model, prompt=None, length=2000, temp=0.85):  # [3]
     text = model.prompt if prompt is None else prompt
     if not text:  # [3]
         raise ValueError("the prompt is empty: give a character to start from")
-    window = model.tokenizer.encode(text)
-    unread, cache = window, {}  # [2] a cache of all of the window that is not unread
+    window, cache = model.tokenizer.encode(text), {}  # [2]
     if not length:
         yield text, len(text)
     for _ in range(length):
         if len(window) > block_size:  # it is full: read its last half anew, from position 0
-            window = window[-(block_size // 2) :]
-            unread, cache = window, {}
+            window, cache = window[-(block_size // 2) :], {}
+        unread = window[-1:] if cache else window  # [2] what the cache does not hold
         logits = model(unread[None].to(model.rope.device), cache)[0, -1:].cpu()
-        unread = draw(logits, temp)  # (1,)
-        window = torch.cat((window, unread))
-        text += model.tokenizer.decode(unread)
+        window = torch.cat((window, draw(logits, temp)))
+        text += model.tokenizer.decode(window[-1:])
         yield text, len(text)
 
 
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact nats per character that each pass pays to write text, window by window, after the
-    context of each, at temperature 1: (windows, passes). Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character: (windows,
+    passes), for each pass that writes a window after its context. Leaves the model in eval mode."""
     model.eval()
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
     nats = []
@@ -253,13 +251,12 @@ def read_state(path, run):
     """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = [key for key in run if state and state[key] != run[key]]
+        other = ", ".join(key for key in run if state and state[key] != run[key])
     except Exception:  # a damaged file can fail in any way
-        other = run
+        other = ", ".join(run)
     if other:
         remedy = "repeat its command, delete the file, or name other --weights"
-        others = ", ".join(other)
-        raise ValueError(f"{path} is damaged or of another run (other {others}): {remedy}")
+        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
     return state
 
 
@@ -283,18 +280,17 @@ def train(data, weights, iters, seed=1337):
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32((train_text + val_text).encode())
+    run["text"] = zlib.crc32(data.read_bytes())
     run["script"] = zlib.crc32(script_path.read_bytes())
-    state_path = weights.with_name(f"{weights.name}.resume")
-    state = read_state(state_path, run)
-    if state:
+    state_path = Path(f"{weights}.resume")
+    state = dict(run, done=0, best=math.inf) | read_state(state_path, run)
+    if state["done"]:
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
     else:
-        save(state, state_path)  # what cannot be written is known before any work is done
-        state = dict(run, done=0, best=math.inf)
+        save({}, state_path)  # what cannot be written is known before any work is done
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     try:
@@ -312,7 +308,7 @@ def train(data, weights, iters, seed=1337):
             muon.step()
             adamw.step()
             if i % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{state['best']:.4f}")
+                bar.set_postfix(loss=loss.item(), best=state["best"])
             if i % eval_interval and i < iters:
                 continue
 
@@ -333,7 +329,7 @@ def train(data, weights, iters, seed=1337):
         raise KeyboardInterrupt(then) from None
 
     if weights.exists():
-        weights.replace(weights.with_name(f"{weights.name}.old"))
+        weights.replace(f"{weights}.old")
     save(dict(run, weights=state["weights"]), weights)
     state_path.unlink(missing_ok=True)
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)

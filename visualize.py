@@ -29,18 +29,9 @@ Frame = namedtuple("Frame", "text final written passes seconds")
 
 
 # ---- recording ---------------------------------------------------------------------------------
-def record(frames, texts, name):
-    """Appends a Frame for each pass to frames, whose first one holds the prompt."""
-    begin, prompt = time.perf_counter(), frames[0].text
-    for text, final in tqdm(texts, name, unit=" passes", leave=False, disable=None):
-        written = len(text) - text.count("_") - len(prompt) + prompt.count("_")
-        frames.append(Frame(text, final, written, len(frames), time.perf_counter() - begin))
-    frames.append(frames[-1])  # a replay ends with a frame in which nothing is new
-
-
-def record_all(takes, args):
-    """Puts the frames of each model in takes, by its name. ValueError comes before any work: the
-    weights or the prompt cannot be read."""
+def record(takes, args):
+    """Puts the frames of each model in takes, by its name: the prompt, then one for each pass.
+    ValueError comes before any work: the weights or the prompt cannot be read."""
     length = args.blocks * (diffusion.block_size - diffusion.context)
     model = diffusion.load(args.diffusion)
     prompt = model.prompt if args.prompt is None else args.prompt
@@ -54,8 +45,13 @@ def record_all(takes, args):
         texts["gpt"] = gpt.generate(model, prompt, length, args.temp)
     for name in texts:
         torch.manual_seed(args.seed)
-        takes[name] = [Frame(prompt, 0, 0, 0, 0.0)]
-        record(takes[name], texts[name], name)
+        frames = [Frame(prompt, 0, 0, 0, 0.0)]
+        takes[name] = frames
+        began = time.perf_counter()
+        for text, final in tqdm(texts[name], name, unit=" passes", leave=False, disable=None):
+            written = len(text) - text.count("_") - len(prompt) + prompt.count("_")
+            frames.append(Frame(text, final, written, len(frames), time.perf_counter() - began))
+        frames.append(frames[-1])  # a replay ends with a frame in which nothing is new
 
 
 # ---- what a pass does --------------------------------------------------------------------------
@@ -257,7 +253,8 @@ def replay(takes, fps):
 
 
 # ---- command line ------------------------------------------------------------------------------
-def arguments(argv):
+def main(argv=None):
+    """Records, replays, prints the texts. Bad input ends with one line and exit code 2."""
     about = "Replays in the terminal how diffusion.py writes: a frame is a forward pass."
     parser = argparse.ArgumentParser("visualize.py", "%(prog)s [options]", about)
     add = parser.add_argument
@@ -270,7 +267,7 @@ def arguments(argv):
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")
     add("--gpt", type=Path, default=gpt.weights_path, help="weights of your own")
-    args = parser.parse_args(argv)
+    args, takes = parser.parse_args(argv), {}
     if args.fps is None:
         args.fps = 20 if args.compare else 5  # a GPT needs many passes
     # A replay keeps the text of each pass: many more would take gigabytes.
@@ -278,21 +275,15 @@ def arguments(argv):
     for key, (least, most) in limits.items():
         if not least <= vars(args)[key] <= most:
             parser.error(f"--{key} takes a number from {least} to {most}")
-    return args
 
-
-def main(argv=None):
-    """Records, replays, prints the texts. Bad input ends with one line and exit code 2."""
-    args, takes = arguments(argv), {}
     try:
-        record_all(takes, args)
+        record(takes, args)
         if sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             replay(takes, args.fps)
     except ValueError as error:
-        print(f"visualize.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"visualize.py: {error}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
     finally:
         for name, frames in takes.items():
             print(f"\n{name}  {figures(frames, -1)}", file=sys.stderr)
