@@ -221,7 +221,7 @@ def generate(model, prompt=None, length=2000, temp=0.85, looks=1):  # [3]
         yield text, total
     while mask in ids[:total]:
         first = (ids == mask).nonzero()[0].item()
-        # In the prompt, or right after it, a window shows more of what is given: half of it is.
+        # In the prompt, or right after it, the model sees more of what is given: half a window.
         start = max(0, first - (context if first > len(text) else block_size // 2))
         end = min(start + block_size, total)
         window = ids[start : start + block_size]  # a view: what is written in it is written in ids
@@ -305,12 +305,13 @@ def read_state(path, run):
     """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = ", ".join(key for key in run if state and state[key] != run[key])
+        other = [key for key in run if state and state[key] != run[key]]
     except Exception:  # a damaged file can fail in any way
-        other = ", ".join(run)
+        other = run
     if other:
         remedy = "repeat its command, delete the file, or name other --weights"
-        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
+        fault = f"damaged or of another run (other {', '.join(other)})"
+        raise ValueError(f"{path} is {fault}: {remedy}")
     return state
 
 
@@ -334,7 +335,7 @@ def train(data, weights, iters, seed=1337):
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32(data.read_bytes())
+    run["text"] = zlib.crc32((train_text + val_text).encode())
     run["script"] = zlib.crc32(script_path.read_bytes())
     state_path = Path(f"{weights}.resume")
     state = dict(run, done=0, best=math.inf) | read_state(state_path, run)

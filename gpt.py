@@ -251,12 +251,13 @@ def read_state(path, run):
     """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = ", ".join(key for key in run if state and state[key] != run[key])
+        other = [key for key in run if state and state[key] != run[key]]
     except Exception:  # a damaged file can fail in any way
-        other = ", ".join(run)
+        other = run
     if other:
         remedy = "repeat its command, delete the file, or name other --weights"
-        raise ValueError(f"{path} is damaged or of another run (other {other}): {remedy}")
+        fault = f"damaged or of another run (other {', '.join(other)})"
+        raise ValueError(f"{path} is {fault}: {remedy}")
     return state
 
 
@@ -280,7 +281,7 @@ def train(data, weights, iters, seed=1337):
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32(data.read_bytes())
+    run["text"] = zlib.crc32((train_text + val_text).encode())
     run["script"] = zlib.crc32(script_path.read_bytes())
     state_path = Path(f"{weights}.resume")
     state = dict(run, done=0, best=math.inf) | read_state(state_path, run)

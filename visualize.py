@@ -267,7 +267,7 @@ def main(argv=None):
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")
     add("--gpt", type=Path, default=gpt.weights_path, help="weights of your own")
-    args, takes = parser.parse_args(argv), {}
+    args = parser.parse_args(argv)
     if args.fps is None:
         args.fps = 20 if args.compare else 5  # a GPT needs many passes
     # A replay keeps the text of each pass: many more would take gigabytes.
@@ -276,6 +276,7 @@ def main(argv=None):
         if not least <= vars(args)[key] <= most:
             parser.error(f"--{key} takes a number from {least} to {most}")
 
+    takes = {}
     try:
         record(takes, args)
         if sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
