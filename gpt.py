@@ -38,7 +38,7 @@ learning_rate = 0.005  # at the peak
 warmup_iters = 100  # iterations to the peak
 eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
-weight_decay = 0.6  # of the matrices, against memorising
+weight_decay = 0.6  # [4] of the matrices, against memorising
 batch_size = 32  # [4] rows of block_size characters per iteration
 dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch asks the same again
 max_iters = 2400  # [4] iterations: with more it memorises
@@ -202,7 +202,7 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.85):  # [3]
+def generate(model, prompt=None, length=2000, temp=0.9):  # [3]
     """Writes length characters after prompt (default: the model's). After each pass it yields the
     text so far and how much of it is final: all. ValueError: the prompt cannot be read."""
     text = model.prompt if prompt is None else prompt
@@ -360,7 +360,7 @@ def main(argv=None):
     add("--weights", type=Path, default=weights_path, help="weights of your own")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--temp", type=float, default=0.85, help="temperature, 0 is greedy (%(default)s)")
+    add("--temp", type=float, default=0.9, help="temperature, 0 is greedy (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     args = parser.parse_args(argv)
 
