@@ -196,7 +196,7 @@ def measure_text(models, train, val, args):
     temp = inspect.signature(diffusion.generate).parameters["temp"].default
     draft = diffusion.columns  # passes; each look takes as many
     if args.what == "text":
-        temps = args.temps or [0.7, 0.8, 0.85, 0.9, 1.0]
+        temps = args.temps or [0.6, 0.7, 0.75, 0.8]
         rows = [*product(gpts, ["left to right"], [240], temps)]
         rows += product(diffusions, ["columns"], [2 * draft], temps)
         rows += product(diffusions, ["columns"], [draft, 2 * draft, 3 * draft], [temp])

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import Fake, mean_score
+from conftest import CHARS, Fake, mean_score, random_model
 from torch import nn
 
 import diffusion
@@ -160,8 +160,9 @@ def scripted(script, toy, monkeypatch):
 
         def score(model, text):
             model.eval()
+            if (nats := next(upcoming, None)) is None:  # a smaller head is no better
+                return torch.ones(1)
             states.append({key: value.cpu().clone() for key, value in model.state_dict().items()})
-            nats = next(upcoming)
             if nats is KeyboardInterrupt:
                 raise nats
             return torch.tensor(nats)
@@ -217,6 +218,31 @@ def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsy
     assert "goes on after iteration 4" in capsys.readouterr().err
     assert equal(states[2], states[-1]) and holds(weights, states[2])
     assert [*weights.parent.iterdir()] == [weights]
+
+
+def test_the_head_of_the_best_weights_is_shrunk_while_that_scores_better(script, scripted):
+    """Also where that was interrupted."""
+    run, states, weights = scripted
+    interrupted(run, 3.0, 1.0, 2.0, 1.0)
+    run(1.0, 0.8, 0.7, 0.9)
+    kept = torch.load(weights, weights_only=True)["weights"]
+    shrunk = dict(states[1], **{"head.weight": states[1]["head.weight"] * 0.95**2})
+    for key, weight in shrunk.items():
+        torch.testing.assert_close(kept[key].float(), weight, rtol=0.01, atol=0)
+
+
+def test_calibration_ends_at_the_best_scale(script):
+    """In bfloat16 too, as on most machines, where autocast keeps the weights that it has cast."""
+    model, text = random_model(script), CHARS * 20
+    with torch.autocast("cpu", torch.bfloat16):
+        before, best = mean_score(script, model, text), script.calibrate(model, text)
+    scores = []
+    for scale in (1, 0.95, 1 / 0.95**2):  # as it is, one step further, one step back
+        model.head.weight.data.mul_(scale)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores.append(mean_score(script, model, text))
+    assert scores[0] == pytest.approx(best, rel=1e-3)
+    assert best < 1.001 * min(scores[1:]) and best < before / 1.3
 
 
 def test_scores_leave_training_as_it_was(script, scripted, monkeypatch):
