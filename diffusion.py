@@ -207,11 +207,11 @@ def generate(model, prompt=None, length=2000, temp=0.7, looks=1):  # [3]
     model is surest of; in a second look each column is erased and written again. Five lines that
     follow "MERCUTIO:/The ki" after 1, 2, 4, 8 passes and, with the second look, 16:
 
-        n_______    ng______    ng____h     ng such     ng such
-        p_______    pa______    pa____he    part the    part the
-        r_______    re______    re____ s    re/Are s    se/Are s
-        l_______    la______    la____f     lain of     tars of
-        l_______    li______    li____;     livery;     livery;
+        n_______    ng______    ngs____     ngs and     ngs and
+        p_______    pa______    pai____e    pain whe    pain the
+        r_______    re______    re ____s    re the s    re the s
+        l_______    le______    lee____     leeping     leeping
+        l_______    li______    lig____h    light/Th    night/Th
     """
     text = model.prompt if prompt is None else prompt
     total, mask = len(text) + length, model.tokenizer.mask  # [3]
