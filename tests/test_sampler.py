@@ -62,10 +62,10 @@ FAR = "abc " * 250  # a prompt of 1,000 characters
         ("once upon a time", 496, 1),  # the last block is padded: two of 240, and 16
         ("abc", 300, 0),
         ("a" * 300, 20, 2),  # half a window of the prompt is in view
-        ("", 30, 1),
+        ("", 1, 1),  # one hole: in a window of holes alone all columns are equally sure
         ("abc", 3, 1),  # three columns of one place
         ("_", 0, 1),
-        ("_" * 270, 0, 1),
+        ("a" + "_" * 269, 0, 1),
         ("_ab_d ______ef_", 10, 1),  # columns of unequal numbers of holes
         ("abc", 0, 1),
         (f"{FAR[:10]}_{FAR[11:600]}__{FAR[602:]}", 0, 1),
