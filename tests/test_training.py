@@ -206,6 +206,14 @@ def test_the_best_weights_are_kept_not_the_last(script, scripted):
     assert script.load(weights).prompt == doubled_letters(1500)[:16]
 
 
+def test_all_weights_decay(script, scripted, monkeypatch):
+    """Here to zero in the first step, so that its update is all that is left of them."""
+    run, states, _ = scripted
+    monkeypatch.setattr(script, "weight_decay", 1 / script.rate(1, 1))
+    run(1.0, args=["--iters", 1])
+    assert all(weight.abs().max() < 0.02 for weight in states[0].values())
+
+
 def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsys):
     """Interrupted after its second of three scores it sees the same rows, masks, dropout and rates,
     and ends with the same weights."""
