@@ -202,7 +202,7 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.7):  # [3]
+def generate(model, prompt=None, length=2000, temp=0.75):  # [3]
     """Writes length characters after prompt (default: the model's). After each pass it yields the
     text so far and how much of it is final: all. ValueError: the prompt cannot be read."""
     text = model.prompt if prompt is None else prompt
@@ -377,8 +377,8 @@ def main(argv=None):
     add("--weights", type=Path, default=weights_path, help="weights of your own")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--temp", type=float, default=0.7, help="temperature, 0 is greedy (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
+    add("--temp", type=float, default=0.75, help="temperature, 0 is greedy (%(default)s)")  # [3]
     args = parser.parse_args(argv)
 
     for key, value in vars(args).items():

@@ -36,13 +36,14 @@ def record(takes, args):
     model = diffusion.load(args.diffusion)
     prompt = model.prompt if args.prompt is None else args.prompt
     model.tokenizer.encode(prompt)
-    texts = {"diffusion": diffusion.generate(model, prompt, length, args.temp, args.looks)}
+    temp = {} if args.temp is None else {"temp": args.temp}
+    texts = {"diffusion": diffusion.generate(model, prompt, length, looks=args.looks, **temp)}
     if args.compare:
         if not prompt or "_" in prompt:
             raise ValueError("GPT reads no '_' and no empty prompt: change it or drop --compare")
         model = gpt.load(args.gpt)
         model.tokenizer.encode(prompt)
-        texts["gpt"] = gpt.generate(model, prompt, length, args.temp)
+        texts["gpt"] = gpt.generate(model, prompt, length, **temp)
     for name in texts:
         torch.manual_seed(args.seed)
         frames = [Frame(prompt, 0, 0, 0, 0.0)]
@@ -262,7 +263,7 @@ def main(argv=None):
     add("--blocks", type=int, default=5, help="blocks of 240 characters to write (%(default)s)")
     add("--fps", type=float, help="forward passes per second (5, with --compare 20)")
     add("--prompt", help="the text to start from; diffusion fills its holes, '_'")
-    add("--temp", type=float, default=0.7, help="temperature, 0 is greedy (%(default)s)")
+    add("--temp", type=float, help="temperature, 0 is greedy (of each script its default)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")
@@ -273,7 +274,8 @@ def main(argv=None):
     # A replay keeps the text of each pass: many more would take gigabytes.
     limits = dict(blocks=(1, 100), fps=(0.1, 1000), temp=(0, 10**7), looks=(0, 20), seed=(0, 10**7))
     for key, (least, most) in limits.items():
-        if not least <= vars(args)[key] <= most:
+        value = vars(args)[key]
+        if value is not None and not least <= value <= most:
             parser.error(f"--{key} takes a number from {least} to {most}")
 
     takes = {}

@@ -168,7 +168,7 @@ def usual(model, n, length, way, passes, temp):
             holes = window == mask
             holes[:, end - start :] = False  # padding
             logits = model(window.to(model.rope.device)).cpu()
-            drawn = diffusion.draw(logits, temp * (1 - i / block_passes))  # (B, T)
+            drawn = diffusion.draw(logits, temp * (1 - i / block_passes) ** 3)  # (B, T)
             certainty = logits.softmax(-1).gather(2, drawn[..., None])[..., 0]
             order = certainty if way == "k surest" else torch.rand(n, size)
             k = int((holes[0].sum() / (block_passes - i)).ceil())
@@ -188,29 +188,28 @@ def written(script, model, args, seed, way, passes, temp):
 
 
 def measure_text(models, train, val, args):
-    stretches, n = pieces(val, args.length, args.length), 3 * args.texts
+    stretches, n = pieces(val, args.length, args.length), args.seeds * args.texts
     real, scored = evenly(stretches[::2], n), "".join(stretches[1::2])  # of the same plays
     if len(real) < n:
-        raise ValueError("the text is too short: give a smaller --length or --texts")
+        raise ValueError("the text is too short: give a smaller --length, --texts or --seeds")
     gpts, diffusions = ([m for m in models if m[1] is script] for script in (gpt, diffusion))
     temp = inspect.signature(diffusion.generate).parameters["temp"].default
     draft = diffusion.columns  # passes; each look takes as many
     if args.what == "text":
-        temps = args.temps or [0.6, 0.7, 0.75, 0.8]
-        rows = [*product(gpts, ["left to right"], [240], temps)]
-        rows += product(diffusions, ["columns"], [2 * draft], temps)
+        rows = [*product(gpts, ["left to right"], [240], args.temps or [0.65, 0.75, 0.85])]
+        rows += product(diffusions, ["columns"], [2 * draft], args.temps or [0.85, 0.95, 1.05])
         rows += product(diffusions, ["columns"], [draft, 2 * draft, 3 * draft], [temp])
     else:
         temps = args.temps or [0.7, 0.9, 2.0]
         rows = [*product(diffusions[:1], ["k surest", "k by chance"], [8, 16, 64, 240], temps)]
         rows += product(diffusions, ["columns"], [draft, 2 * draft], [temp])
     head("| | way | passes per 240 | temp | known words | distinct words | copied, % | reverse |")
-    held_out = [real[seed::3] for seed in range(3)]
+    held_out = [real[seed :: args.seeds] for seed in range(args.seeds)]
     row("held-out text", "", "", "", *map(mean, judge(held_out, train, scored)))
     for (name, script, model), *way in dict.fromkeys(rows):  # each once
-        samples = [written(script, model, args, seed, *way) for seed in range(3)]
+        samples = [written(script, model, args, seed, *way) for seed in range(args.seeds)]
         row(name, *way, *map(mean, judge(samples, train, scored)))
-    print(f"\nthree seeds, {args.texts} texts of {args.length} characters by each")
+    print(f"\n{args.seeds} seeds, {args.texts} texts of {args.length} characters by each")
 
 
 # ---- infill: hidden words of real text ---------------------------------------------------------
@@ -282,7 +281,8 @@ def main(argv=None):
     add("--diffusion", nargs="*", type=Path, default=[diffusion.weights_path], metavar="FILE")
     add("--data", type=Path, default=gpt.data_path, metavar="FILE", help="a text of your own")
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
-    add("--texts", type=int, default=4, help="text: by each of three seeds (%(default)s)")
+    add("--texts", type=int, default=4, help="text: by each seed (%(default)s)")
+    add("--seeds", type=int, default=7, help="text: how many (%(default)s)")
     add("--temps", type=float, nargs="+", metavar="T", help="text, baseline: temperatures")
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")

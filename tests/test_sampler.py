@@ -122,7 +122,7 @@ def test_which_column_is_surest_does_not_depend_on_the_temperature():
     assert first[0] == first[1] == first[2]
 
 
-@pytest.mark.parametrize("looks, temps", [(0, [0.8, 0.4]), (1, [0.8, 0.6, 0.4, 0.2])])
+@pytest.mark.parametrize("looks, temps", [(0, [0.8, 0.1]), (1, [0.8, 0.3375, 0.1, 0.0125])])
 def test_the_temperature_falls_from_pass_to_pass(looks, temps, monkeypatch):
     """In each block anew, however many columns it has: two of the prompt, then eight."""
     model, drawn = random_model(diffusion), []
@@ -132,7 +132,7 @@ def test_the_temperature_falls_from_pass_to_pass(looks, temps, monkeypatch):
     list(diffusion.generate(model, "a__b" + 400 * "c", 100, 0.8, looks))
     n = 8 * (1 + looks)
     assert drawn[: len(temps)] == pytest.approx(temps)
-    assert drawn[len(temps) :][:n] == pytest.approx([0.8 * (1 - i / n) for i in range(n)])
+    assert drawn[len(temps) :][:n] == pytest.approx([0.8 * (1 - i / n) ** 3 for i in range(n)])
 
 
 def test_a_model_that_has_diverged_does_not_write_for_ever():
