@@ -159,21 +159,25 @@ def falling(temp, passes):
 
 
 def test_equal_amounts_of_text_are_compared_on_another(files, capsys, fails, monkeypatch, temps):
+    """The model is sure of nothing, so that texts differ even after a second look."""
+    model = random_model(diffusion, chars)
+    torch.nn.init.normal_(model.head.weight, std=0.01)
+    checkpoint(model, files[-1])
     calls, judge = [], measure.judge
     monkeypatch.setattr(measure, "judge", lambda *args: calls.append(args) or judge(*args))
-    options = ["--temps", "20", "30", "--seeds", "3", "--texts", "1", "--length", "100"]
+    options = ["--temps", "2", "3", "--seeds", "3", "--texts", "1", "--length", "100"]
     measure.main(["text", *files, *options])
     (rows,) = tables(capsys)
-    ways = [(20.0, 240), (30.0, 240), (20.0, 16), (30.0, 16)] + [(default, n) for n in (8, 16, 24)]
+    ways = [(2.0, 240), (3.0, 240), (2.0, 16), (3.0, 16)] + [(default, n) for n in (8, 16, 24)]
     assert [cells[3:1:-1] for cells in rows[1:]] == [[*map(str, way)] for way in ways]
-    assert temps[:600] == [20] * 300 + [30] * 300  # GPT: three times 100 characters
+    assert temps[:600] == [2] * 300 + [3] * 300  # GPT: three times 100 characters
     assert temps[600:] == [temp for way in ways[2:] for temp in falling(*way) * 3]
     assert rows[0][4] == "1.000 ± 0.000" and len(calls) == len(rows)
     stretches = [val[i : i + 100] for i in range(0, 1000, 100)]
     assert all(scored == "".join(stretches[1::2]) for _, _, scored in calls)
     texts = [[text for (text,) in samples] for samples, *_ in calls]
     assert all(len(text) == 100 for three in texts for text in three)
-    assert all(len(set(three)) > 1 for three in texts[:5]) and set(texts[0]) < set(stretches[::2])
+    assert all(len(set(three)) > 1 for three in texts) and set(texts[0]) < set(stretches[::2])
     assert "too short" in fails(measure, "text", *files, "--length", "100")
 
 
