@@ -206,6 +206,8 @@ def measure_text(models, train, val, args):
     head("| | way | passes per 240 | temp | known words | distinct words | copied, % | reverse |")
     held_out = [real[seed :: args.seeds] for seed in range(args.seeds)]
     row("held-out text", "", "", "", *map(mean, judge(held_out, train, scored)))
+    known, *_ = judge([[stretch] for stretch in stretches], train, scored)
+    row("all held-out text", "", "", "", mean(known), "", "", "")
     for (name, script, model), *way in dict.fromkeys(rows):  # each once
         samples = [written(script, model, args, seed, *way) for seed in range(args.seeds)]
         row(name, *way, *map(mean, judge(samples, train, scored)))
