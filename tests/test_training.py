@@ -66,9 +66,9 @@ def doubled_letters(words, seed=0):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path, script):
-    """A text and settings to learn it by; returns the paths of the text and the weights."""
-    sizes = {"n_embd": 64, "block_size": 48, "batch_size": 32, "learning_rate": 0.02}
-    for key, value in {**sizes, "max_iters": 3, "eval_interval": 50}.items():
+    """A text and settings to train on it; returns the paths of the text and the weights."""
+    sizes = {"block_size": 48, "batch_size": 32, "learning_rate": 0.02}
+    for key, value in {**sizes, "max_iters": 3, "eval_interval": 80}.items():
         monkeypatch.setattr(script, key, value)
     data = tmp_path / "data.txt"
     data.write_text(doubled_letters(1500))
@@ -84,8 +84,9 @@ def train(script, toy, *args):
 
 
 def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch):
-    monkeypatch.setattr(script, "eval_interval", 80)
-    train(script, toy, "--iters", 80 if script is gpt else 160, "--seed", 1)
+    iters, n_embd = (80, 32) if script is gpt else (160, 64)
+    monkeypatch.setattr(script, "n_embd", n_embd)
+    train(script, toy, "--iters", iters, "--seed", 1)
     model = script.load(toy[1])
     score = mean_score(script, model, doubled_letters(200, seed=1))
     assert math.log(4) / 3 < score < 0.6  # no model can pass the entropy, 0.46; log(5) is 1.61
@@ -240,9 +241,10 @@ def test_the_head_of_the_best_weights_is_shrunk_while_that_scores_better(script,
         torch.testing.assert_close(kept[key].float(), weight, rtol=0.01, atol=0)
 
 
-def test_calibration_ends_at_the_best_scale(script):
+def test_calibration_ends_at_the_best_scale(script, monkeypatch):
     """In bfloat16 too, as on most machines, where autocast keeps the weights that it has cast."""
-    model, text = random_model(script), CHARS * 20
+    monkeypatch.setattr(script, "block_size", 48)
+    model, text = random_model(script), CHARS * 4
     with torch.autocast("cpu", torch.bfloat16):
         before, best = mean_score(script, model, text), script.calibrate(model, text)
     scores = []
