@@ -260,10 +260,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser("visualize.py", "%(prog)s [options]", about)
     add = parser.add_argument
     add("--compare", action="store_true", help="show gpt.py beside diffusion.py")
-    add("--blocks", type=int, default=5, help="blocks of 240 characters to write (%(default)s)")
+    add("--blocks", type=int, default=5, help="times 240 characters to write (%(default)s)")
     add("--fps", type=float, help="forward passes per second (5, with --compare 20)")
     add("--prompt", help="the text to start from; diffusion fills its holes, '_'")
-    add("--temp", type=float, help="temperature, 0 is greedy (each script's own)")
+    add("--temp", type=float, help="temperature, 0 is greedy (default: each script's own)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
     add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")

@@ -192,6 +192,8 @@ def measure_text(models, train, val, args):
     real, scored = evenly(stretches[::2], n), "".join(stretches[1::2])  # of the same plays
     if len(real) < n:
         raise ValueError("the text is too short: give a smaller --length, --texts or --seeds")
+    if args.what == "baseline" and not args.files:
+        raise ValueError("it is about a FILE of weights: name it after `baseline`")
     gpts, diffusions = ([m for m in models if m[1] is script] for script in (gpt, diffusion))
     temp = inspect.signature(diffusion.generate).parameters["temp"].default
     draft = diffusion.columns  # passes; each look takes as many
@@ -283,10 +285,10 @@ def main(argv=None):
     add("--diffusion", nargs="*", type=Path, default=[diffusion.weights_path], metavar="FILE")
     add("--data", type=Path, default=gpt.data_path, metavar="FILE", help="a text of your own")
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
-    add("--texts", type=int, default=4, help="text: by each seed (%(default)s)")
-    add("--seeds", type=int, default=7, help="text: how many (%(default)s)")
+    add("--texts", type=int, default=4, help="text, baseline: by each seed (%(default)s)")
+    add("--seeds", type=int, default=7, help="text, baseline: how many (%(default)s)")
     add("--temps", type=float, nargs="+", metavar="T", help="text, baseline: temperatures")
-    add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
+    add("--length", type=int, default=2000, help="text, baseline, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")
     args = parser.parse_args(argv)
     dtype = torch.float32 if args.what in ("nats", "infill") else None  # exact, or as one writes
