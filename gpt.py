@@ -173,8 +173,12 @@ def save(contents, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(buffer.getbuffer())
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())  # a power cut leaves the old or the new too
         partial.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): name other --weights") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -237,7 +241,7 @@ def score(model, text):
 
 # ---- training ----------------------------------------------------------------------------------
 def loss_fn(model, rows):
-    """Nats per character of rows (B, T + 1) but for their first ones, a mean."""
+    """Nats per character that is asked for in rows (B, T + 1), a mean."""
     inputs, targets = rows[:, :-1], rows[:, 1:]  # [4]
     return F.cross_entropy(model(inputs).transpose(1, 2), targets)  # [5]
 
@@ -247,7 +251,6 @@ def rate(i, iters):
     return learning_rate * min(i / warmup_iters, (iters + 1 - i) / max(1, iters - warmup_iters))
 
 
-@torch.no_grad()
 def calibrate(model, text):
     """Shrinks the head, and so all logits, to where text scores best, and returns that score. A
     model that knows its training text by heart is too sure of any other (arXiv 1706.04599)."""
@@ -302,8 +305,8 @@ def train(data, weights, iters, seed=1337):
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
-    else:
-        save({}, state_path)  # what cannot be written is known before any work is done
+    # That its folder cannot be written is known before any work is done.
+    save(state if state["done"] else {}, state_path)
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     try:
@@ -334,21 +337,20 @@ def train(data, weights, iters, seed=1337):
                 rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
                 state.update(best=nats, weights=rounded)
             state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
+            save(dict(state, done=i), state_path)
             state["done"] = i
-            save(state, state_path)
             bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
         print("calibrating", file=sys.stderr)
         model.load_state_dict(state["weights"])
         with autocast:
             best = calibrate(model, val_text)
+        if weights.exists():
+            weights.replace(f"{weights}.old")
+        save(dict(run, weights=model.bfloat16().state_dict()), weights)
     except KeyboardInterrupt:
         then = f"; the same command goes on after iteration {state['done']}"
         raise KeyboardInterrupt(then) from None
-
-    if weights.exists():
-        weights.replace(f"{weights}.old")
-    save(dict(run, weights=model.bfloat16().state_dict()), weights)
     state_path.unlink(missing_ok=True)
     print(f"{weights}: {best:.4f} nats per character", file=sys.stderr)
 
@@ -360,7 +362,7 @@ def write(texts, characters):
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
-    print(text[shown:])
+    print(text[shown:], flush=True)
     if characters:
         seconds = time.perf_counter() - began
         print(f"{characters} characters, {passes} passes, {seconds:.1f} s", file=sys.stderr)
@@ -400,7 +402,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "to allocate")):
             raise
         parser.exit(2, f"{name}.py: out of memory: training needs less by a smaller batch_size\n")
     except KeyboardInterrupt as stop:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 
 import pytest
@@ -302,6 +303,27 @@ def test_only_the_same_run_goes_on(script, scripted, toy, fails, monkeypatch, ch
     assert "repeat its command, delete the file, or name other --weights" in line
 
 
+def test_an_interrupted_save_goes_on_from_what_was_saved_before(script, scripted, capsys):
+    """Also in the last one, of the weights alone."""
+    run, _, weights = scripted
+    save, saves = script.save, itertools.count(1)
+
+    def saved(contents, path):
+        if next(saves) in (3, 7):  # that of iteration 4; that of the weights, after going on from 2
+            raise KeyboardInterrupt
+        save(contents, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "save", saved)
+        for scores, done in ([3.0, 2.0], 2), ([2.0, 1.0], 6):
+            with pytest.raises(SystemExit) as stop:
+                run(*scores)
+            assert stop.value.code == 130
+            assert f"goes on after iteration {done}\n" in capsys.readouterr().err
+    run()
+    assert [*weights.parent.iterdir()] == [weights]
+
+
 def out_of_memory(model, rows):
     raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
 
@@ -335,8 +357,18 @@ def test_a_run_that_diverges_ends_with_one_line(script, scripted, capsys):
     assert weights.read_bytes() == good and [*weights.parent.iterdir()] == [weights]
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_first_iteration(script, toy, fails):
+def test_what_cannot_be_written_is_found_before_the_first_iteration(
+    script, scripted, toy, fails, monkeypatch, capsys
+):
+    """A folder that is a file; a disk that fails since the run was interrupted."""
+    run, _, weights = scripted
+    interrupted(run, 3.0)
+    monkeypatch.setattr(script, "loss_fn", None)
     assert "data.txt" in fails(script, *command((toy[0], toy[0] / "weights.pt")))
+    monkeypatch.setattr(os, "fsync", lambda _: os.close(-1))
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2 and f"cannot write {resume(weights)}" in capsys.readouterr().err
 
 
 def test_all_is_saved_before_anything_is_shown(script, scripted, monkeypatch):
