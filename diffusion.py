@@ -360,7 +360,7 @@ def train(data, weights, iters, seed=1337):
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
         print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
-    # That its folder cannot be written is known before any work is done.
+    # A folder that cannot be written ends the run here, before any work is done.
     save(state if state["done"] else {}, state_path)
 
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)

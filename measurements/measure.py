@@ -193,7 +193,7 @@ def measure_text(models, train, val, args):
     if len(real) < n:
         raise ValueError("the text is too short: give a smaller --length, --texts or --seeds")
     if args.what == "baseline" and not args.files:
-        raise ValueError("it is about a FILE of weights: name it after `baseline`")
+        raise ValueError("baseline is about a FILE of weights: name one")
     gpts, diffusions = ([m for m in models if m[1] is script] for script in (gpt, diffusion))
     temp = inspect.signature(diffusion.generate).parameters["temp"].default
     draft = diffusion.columns  # passes; each look takes as many

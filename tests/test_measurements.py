@@ -247,4 +247,4 @@ def test_infill_and_speed_print_a_table(files, capsys, fails):
     infill, speed = tables(capsys)
     assert len(infill) == 2 and [cells[1] for cells in speed] == ["30", "16"]
     assert "nowhere.pt" in fails(measure, "speed", "--gpt", "nowhere.pt")
-    assert "name it" in fails(measure, "baseline", *files, "--length", "10")
+    assert "name one" in fails(measure, "baseline", *files, "--length", "10")
