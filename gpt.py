@@ -338,7 +338,7 @@ def train(data, weights, iters, seed=1337):
                 state.update(best=nats, weights=rounded)
             state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
             save(dict(state, done=i), state_path)
-            state["done"] = i
+            state["done"] = i  # not before, as an interrupt names what was saved
             bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
         print("calibrating", file=sys.stderr)

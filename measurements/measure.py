@@ -192,8 +192,6 @@ def measure_text(models, train, val, args):
     real, scored = evenly(stretches[::2], n), "".join(stretches[1::2])  # of the same plays
     if len(real) < n:
         raise ValueError("the text is too short: give a smaller --length, --texts or --seeds")
-    if args.what == "baseline" and not args.files:
-        raise ValueError("baseline is about a FILE of weights: name one")
     gpts, diffusions = ([m for m in models if m[1] is script] for script in (gpt, diffusion))
     temp = inspect.signature(diffusion.generate).parameters["temp"].default
     draft = diffusion.columns  # passes; each look takes as many
@@ -202,6 +200,8 @@ def measure_text(models, train, val, args):
         rows += product(diffusions, ["columns"], [2 * draft], args.temps or [0.85, 0.95, 1.05])
         rows += product(diffusions, ["columns"], [draft, 2 * draft, 3 * draft], [temp])
     else:
+        if not args.files:
+            raise ValueError("baseline is about a FILE of weights: name one")
         temps = args.temps or [0.7, 0.9, 2.0]
         rows = [*product(diffusions[:1], ["k surest", "k by chance"], [8, 16, 64, 240], temps)]
         rows += product(diffusions, ["columns"], [draft, 2 * draft], [temp])

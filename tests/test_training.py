@@ -303,7 +303,9 @@ def test_only_the_same_run_goes_on(script, scripted, toy, fails, monkeypatch, ch
     assert "repeat its command, delete the file, or name other --weights" in line
 
 
-def test_an_interrupted_save_goes_on_from_what_was_saved_before(script, scripted, capsys):
+def test_an_interrupted_save_goes_on_from_what_was_saved_before(
+    script, scripted, capsys, monkeypatch
+):
     """Also in the last one, of the weights alone."""
     run, _, weights = scripted
     save, saves = script.save, itertools.count(1)
@@ -313,13 +315,12 @@ def test_an_interrupted_save_goes_on_from_what_was_saved_before(script, scripted
             raise KeyboardInterrupt
         save(contents, path)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "save", saved)
-        for scores, done in ([3.0, 2.0], 2), ([2.0, 1.0], 6):
-            with pytest.raises(SystemExit) as stop:
-                run(*scores)
-            assert stop.value.code == 130
-            assert f"goes on after iteration {done}\n" in capsys.readouterr().err
+    monkeypatch.setattr(script, "save", saved)
+    for scores, done in ([3.0, 2.0], 2), ([2.0, 1.0], 6):
+        with pytest.raises(SystemExit) as stop:
+            run(*scores)
+        assert stop.value.code == 130
+        assert f"goes on after iteration {done}\n" in capsys.readouterr().err
     run()
     assert [*weights.parent.iterdir()] == [weights]
 
