@@ -16,6 +16,7 @@ import argparse
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-# ---- hyperparameters: read when used, so that a caller may set them on the module --------------
+# ---- hyperparameters: looked up at call time, so that tests can set them -----------------------
 block_size = 256  # characters in the window, which is all that the model sees
 context = 16  # characters of it that are given when the others are scored
 n_layer = 6  # layers
@@ -40,7 +41,7 @@ eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 128  # [4] rows of block_size characters per iteration
-dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch asks anew
+dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch hides others
 max_iters = 5000  # [4] iterations: it learns for longer
 columns = 8  # [3] characters to a line of the table; divides block_size and context
 
@@ -61,10 +62,7 @@ def read_splits(path):
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: save it in that encoding") from None
+    text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
     if "_" in text:
         raise ValueError(f"{path} holds '_', which is reserved: replace it")
     split = max(int(0.9 * len(text)), len(text) - 120_000)
@@ -131,7 +129,7 @@ class Model(nn.Module):
     def __init__(self, tokenizer, prompt):
         super().__init__()
         self.tokenizer = tokenizer
-        self.prompt = prompt  # what it starts from where none is given
+        self.prompt = prompt  # the default prompt
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -142,7 +140,8 @@ class Model(nn.Module):
     def forward(self, ids):  # [2]
         """ids (B, T) -> logits (B, T, V), float32."""
         rope = self.rope[:, : ids.size(1)]  # [2]
-        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))  # blanks characters
+        # Dim 1 is T, so dropout1d blanks whole characters.
+        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))
         for block in self.blocks:
             x = block(x, rope)  # [2]
         return self.head(norm(x)).float()
@@ -163,20 +162,13 @@ def sizes():
 
 
 def save(contents, path):
-    """Writes beside path, then renames: path holds the old or the new, never half. OSError."""
+    """Writes beside path, then renames, so that path never holds half a file. OSError."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())  # a power cut leaves the old or the new too
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): name other --weights") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(buffer.getbuffer())
+    partial.replace(path)
 
 
 def load(path, dtype=None):
@@ -185,12 +177,12 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        fits = all(checkpoint[key] == size for key, size in sizes().items())
+        fits = sizes().items() <= checkpoint.items()
     except Exception:  # a damaged file can fail in any way
         fits = False
     if not fits:
-        fault = "damaged, or of another script or other sizes" if path.exists() else "missing"
-        raise ValueError(f"{path} is {fault}: make it with `{name}.py --train`")
+        faults = "missing, damaged, or made by another script or with other sizes"
+        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`")
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 
@@ -202,49 +194,52 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.95, looks=1):  # [3]
+def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then writes length characters after it.
-    After each pass it yields the text so far, holes as "_", and how much of it is final: what is
-    before the block. ValueError: the prompt cannot be read.
+    After each pass it yields the text so far, holes as "_", and how many characters of it are
+    final: those before the block. ValueError: prompt cannot be read.
 
     The window is a table, 8 characters to a line. In the draft each pass writes the column that the
     model is surest of; in a second look each column is erased and written again. The temperature
     falls with each pass, as the cube of the passes left: bold first, careful last. Five lines that
-    follow "MERCUTIO:/The ki" after 1, 2, 4, 8 passes and, with the second look, 16:
+    follow "MERCUTIO: The ki" after 1, 2, 4, 8 passes and, with the second look, 16 ("·" is a space,
+    "/" a newline):
 
-        n_______    ng______    ngs____     ngs had     ngs had
-        p_______    pa______    par____e    party he    party he
-        r_______    re______    re ____s    re the s    re the s
-        l_______    le______    lee____     leepest     leepest
-        l_______    li______    lig____     lights,     nights,
+        n_______    ng______    ngs____·    ngs·and·    ng,·and·
+        p_______    pa______    par____e    part·the    part·the
+        r_______    re______    re·____s    re·the·s    re/The·s
+        l_______    le______    lee____·    leeping·    leeping·
+        l_______    li______    lig____·    lights,·    sights,·
     """
     text = model.prompt if prompt is None else prompt
-    total, mask = len(text) + length, model.tokenizer.mask  # [3]
-    # After what is to be written come holes that never are, so that no window is short.
-    ids = F.pad(model.tokenizer.encode(text), (0, length + block_size), value=mask)
-    if mask not in ids[:total]:
-        yield text, total
-    while mask in ids[:total]:
-        first = (ids == mask).nonzero()[0].item()
+    model.tokenizer.encode(text)  # an unknown character anywhere ends it here, before any work
+    given, mask = len(text), model.tokenizer.mask  # [3]
+    text += length * "_"
+    if "_" not in text:
+        yield text, given
+    while "_" in text:
+        first = text.index("_")
         # In the prompt, or right after it, the model sees more of what is given: half a window.
-        start = max(0, first - (context if first > len(text) else block_size // 2))
-        end = min(start + block_size, total)
-        window = ids[start : start + block_size]  # a view: what is written in it is written in ids
+        start = max(0, first - (context if first > given else block_size // 2))
+        end = start + block_size
+        window = model.tokenizer.encode(text[start:end].ljust(block_size, "_"))
         block = window == mask  # (T,) what is to be written
-        block[end - start :] = False
-        if (ids[end:total] != mask).any():  # the prompt goes on: the next window shows more of it
+        block[len(text) - start :] = False  # the padding never is
+        if text[end:].strip("_"):  # the prompt goes on: the next window shows more of it
             block[-context:] = False
 
         column_of = torch.arange(block_size) % columns
-        filled = column_of[block].unique()  # the columns that have holes
-        passes = (1 + looks) * len(filled)
+        to_write = column_of[block].unique()  # the columns that have holes
+        passes = (1 + looks) * len(to_write)
         for i in range(passes):
-            if i >= len(filled):  # a second look
-                window[block & (column_of == filled[i % len(filled)])] = mask
+            if i >= len(to_write):  # a second look: the column that it erases is the only choice
+                window[block & (column_of == to_write[i % len(to_write)])] = mask
             logits = model(window[None].to(model.rope.device)).cpu()
             column = surest_column(logits, (block & (window == mask))[None])[0]
             window[column] = draw(logits[0, column], temp * (1 - i / passes) ** 3)
-            yield model.tokenizer.decode(ids[: max(end, len(text))]), first
+            written = text[:start] + model.tokenizer.decode(window)[: len(text) - start]
+            yield written + text[end:given], first
+        text = written + text[end:]
 
 
 def surest_column(logits, holes):
@@ -260,8 +255,8 @@ def surest_column(logits, holes):
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1, in nats per character: (windows,
-    passes), for each pass that writes a window after its context. Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1: (windows, passes), what each pass
+    after the context adds, in nats per character. Leaves the model in eval mode."""
     model.eval()
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
     nats = []
@@ -282,7 +277,7 @@ def score(model, text):
 # ---- training ----------------------------------------------------------------------------------
 def loss_fn(model, rows):
     """Nats per character that is asked for in rows (B, T + 1), a mean."""
-    targets = rows[:, 1:]
+    targets = rows[:, 1:]  # [4] GPT reads the first character too; here it is not needed
     inputs = hide(targets, model.tokenizer.mask)  # [4]
     nats = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")  # (B, T)
     hidden = inputs == model.tokenizer.mask
@@ -290,12 +285,14 @@ def loss_fn(model, rows):
 
 
 def hide(ids, mask):
-    """ids (B, T) with 1 to 8 neighbouring columns of the table hidden, each number as often: 8 as
-    when a draft begins, 1 as in a second look. The context is never hidden.
-    MDLM and LLaDA hide each character by chance: hidden = torch.rand(B, T) < torch.rand(B, 1)."""
+    """Hides 1 to 8 neighbouring columns of the table in ids (B, T), but never the context: 8 are
+    hidden when a draft begins, 1 in a second look. The mask of MDLM and LLaDA hides each character
+    with a probability t of its row, uniform: torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
-    width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns  # hidden columns
-    places = torch.arange(T) + torch.randint(columns, (B, 1))  # on the CPU: a seed hides alike
+    # Stratified: each width as often. Drawn on the CPU: a seed gives the same masks on any device.
+    width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns
+    # The hidden columns begin anywhere and go on round the edge of the table.
+    places = torch.arange(T) + torch.randint(columns, (B, 1))
     hidden = places % columns < width[:, None]  # (B, T)
     hidden[:, :context] = False
     return torch.where(hidden.to(ids.device), mask, ids)
@@ -306,35 +303,20 @@ def rate(i, iters):
     return learning_rate * min(i / warmup_iters, (iters + 1 - i) / max(1, iters - warmup_iters))
 
 
-def calibrate(model, text):
-    """Shrinks the head, and so all logits, to where text scores best, and returns that score. A
-    model that knows its training text by heart is too sure of any other (arXiv 1706.04599)."""
-    best = math.inf
-    while (nats := score(model, text).mean().item()) < best:
-        best, weight = nats, model.head.weight
-        model.head.weight = nn.Parameter(0.95 * weight)  # not in place: autocast keeps what it cast
-    model.head.weight = weight
-    return best
-
-
-def read_state(path, run):
-    """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = [key for key in run if state and state[key] != run[key]]
-    except Exception:  # a damaged file can fail in any way
-        other = run
-    if other:
-        remedy = "repeat its command, delete the file, or name other --weights"
-        fault = f"damaged or of another run (other {', '.join(other)})"
-        raise ValueError(f"{path} is {fault}: {remedy}")
-    return state
+def compiled(model):
+    """The model, compiled on CUDA where Triton is there; else as it is."""
+    if model.rope.device.type != "cuda" or not find_spec("triton"):
+        return model
+    print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
+    torch._dynamo.config.suppress_errors = True
+    torch._logging.set_logs(dynamo=50)  # not a thousand lines of warnings
+    return torch.compile(model)
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data. The file weights gets what scores best on the validation text, when
-    the run ends, with its head calibrated; until then that is in FILE.resume, beside all that the
-    same call needs to go on. OSError, ValueError."""
+    """Trains on the file data. At the end the file weights gets what scored best on the validation
+    text; until then that is in FILE.<checksum>.resume, with all that the same call needs to go on.
+    OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -343,77 +325,70 @@ def train(data, weights, iters, seed=1337):
     train_text, val_text = read_splits(data)
 
     model = Model(CharTokenizer(train_text + val_text), train_text[:context]).to(device)
-    compiled = torch.compile(model) if device.type == "cuda" and find_spec("triton") else model
-    ids = model.tokenizer.encode(train_text).to(device)
-
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32((train_text + val_text).encode())
-    run["script"] = zlib.crc32(script_path.read_bytes())
-    state_path = Path(f"{weights}.resume")
-    state = dict(run, done=0, best=math.inf) | read_state(state_path, run)
+    # The name of the state says what the run is: any other run has a file of its own.
+    run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
+    state_path = Path(f"{weights}.{zlib.crc32(repr(run).encode()):08x}.resume")
+    checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
+    state = dict(checkpoint, done=0, best=math.inf)
+    if state_path.exists():
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
-        print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
-    # A folder that cannot be written ends the run here, before any work is done.
-    save(state if state["done"] else {}, state_path)
+    save(state, state_path)  # a folder that cannot be written ends the run here, before any work
+    print(f"state in {state_path}, goes on after iteration {state['done']}", file=sys.stderr)
 
+    compiled_model = compiled(model)
+    ids = model.tokenizer.encode(train_text).to(device)
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
-    try:
-        for i in bar:
-            torch.manual_seed(seed * iters + i)  # so that nothing random has to be saved
-            for group in muon.param_groups + adamw.param_groups:
-                group["lr"] = rate(i, iters)
-            starts = torch.randint(len(ids) - block_size, (batch_size, 1))
-            rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
+    for i in bar:
+        # Each iteration of each seed has a seed of its own: no random state has to be saved.
+        torch.manual_seed(seed * iters + i)
+        for group in muon.param_groups + adamw.param_groups:
+            group["lr"] = rate(i, iters)
+        starts = torch.randint(len(ids) - block_size, (batch_size, 1))
+        rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
 
-            model.train().zero_grad()
-            with autocast:
-                loss = loss_fn(compiled, rows)
-            loss.backward()
-            muon.step()
-            adamw.step()
-            if i % 10 == 0:
-                bar.set_postfix(loss=loss.item(), best=state["best"])
-            if i % eval_interval and i < iters:
-                continue
-
-            with autocast:
-                nats = score(model, val_text).mean().item()
-            if not math.isfinite(nats):
-                state_path.unlink(missing_ok=True)
-                raise ValueError("the run has diverged: give it a smaller learning_rate")
-            if nats < state["best"]:
-                rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
-                state.update(best=nats, weights=rounded)
-            state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
-            save(dict(state, done=i), state_path)
-            state["done"] = i  # not before, as an interrupt names what was saved
-            bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
-
-        print("calibrating", file=sys.stderr)
-        model.load_state_dict(state["weights"])
+        model.train().zero_grad()
         with autocast:
-            best = calibrate(model, val_text)
-        if weights.exists():
-            weights.replace(f"{weights}.old")
-        save(dict(run, weights=model.bfloat16().state_dict()), weights)
-    except KeyboardInterrupt:
-        then = f"; the same command goes on after iteration {state['done']}"
-        raise KeyboardInterrupt(then) from None
-    state_path.unlink(missing_ok=True)
-    print(f"{weights}: {best:.4f} nats per character", file=sys.stderr)
+            loss = loss_fn(compiled_model, rows)
+        loss.backward()
+        muon.step()
+        adamw.step()
+        if i % 10 == 0:
+            bar.set_postfix(loss=loss.item(), best=state["best"])
+        if i % eval_interval and i < iters:
+            continue
+
+        with autocast:
+            nats = score(model, val_text).mean().item()
+        if not math.isfinite(nats):
+            raise ValueError("the run has diverged: give it a smaller learning_rate")
+        if nats < state["best"]:
+            rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
+            state.update(best=nats, weights=rounded)
+        state.update(done=i, model=model.state_dict())
+        state.update(muon=muon.state_dict(), adamw=adamw.state_dict())
+        save(state, state_path)
+        bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
+
+    if weights.exists():
+        shutil.copyfile(weights, f"{weights}.old")
+    save(dict(checkpoint, weights=state["weights"]), weights)
+    state_path.unlink()
+    print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
 
 
 # ---- command line ------------------------------------------------------------------------------
 def write(texts, characters):
     """Prints what generate() yields as it becomes final; the figures go to standard error."""
     began, shown, passes = time.perf_counter(), 0, 0
+    # No bar where the text goes to a screen. None: nor where standard error does not.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -435,7 +410,7 @@ def main(argv=None):
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
-    add("--temp", type=float, default=0.95, help="temperature, 0 is greedy (%(default)s)")  # [3]
+    add("--temp", type=float, default=1.0, help="temperature, 0 is greedy (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
     args = parser.parse_args(argv)
 
@@ -455,20 +430,16 @@ def main(argv=None):
             model = load(args.weights)
             torch.manual_seed(args.seed)
             texts = generate(model, args.prompt, args.length, args.temp, args.looks)  # [3]
-            write(texts, args.length + (args.prompt or "").count("_"))
+            write(texts, args.length + (args.prompt or "").count("_"))  # [3]
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "to allocate")):
-            raise
-        parser.exit(2, f"{name}.py: out of memory: training needs less by a smaller batch_size\n")
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\n{name}.py: stopped{stop}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{name}.py: stopped; a training goes on with the same command\n")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor one that is closed
-        sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
+    if hasattr(sys.stdout, "reconfigure"):  # missing in a notebook, or when closed
+        sys.stdout.reconfigure(errors="replace")  # print ? for what the console lacks
         if hasattr(signal, "SIGPIPE"):  # Windows has none
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()

@@ -16,6 +16,7 @@ import argparse
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-# ---- hyperparameters: read when used, so that a caller may set them on the module --------------
+# ---- hyperparameters: looked up at call time, so that tests can set them -----------------------
 block_size = 256  # characters in the window, which is all that the model sees
 context = 16  # characters of it that are given when the others are scored
 n_layer = 6  # layers
@@ -40,7 +41,7 @@ eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 32  # [4] rows of block_size characters per iteration
-dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch asks the same again
+dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch shows the same targets
 max_iters = 2400  # [4] iterations: with more it memorises
 
 script_path = Path(__file__).resolve()
@@ -60,10 +61,7 @@ def read_splits(path):
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: save it in that encoding") from None
+    text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
     if "_" in text:
         raise ValueError(f"{path} holds '_', which is reserved: replace it")
     split = max(int(0.9 * len(text)), len(text) - 120_000)
@@ -122,7 +120,8 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
                 past_k, past_v = cache[self]
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             cache[self] = k, v
-        # [2] causal where several characters are read, from position 0; a single one sees all
+        # [2] Causal where a stretch is read, from position 0. After a cache that is not empty only
+        # one character is read, and it sees all: for several neither value would be right.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -134,7 +133,7 @@ class Model(nn.Module):
     def __init__(self, tokenizer, prompt):
         super().__init__()
         self.tokenizer = tokenizer
-        self.prompt = prompt  # what it starts from where none is given
+        self.prompt = prompt  # the default prompt
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -146,7 +145,8 @@ class Model(nn.Module):
         """ids (B, T) -> logits (B, T, V), float32. A cache, {} at first, keeps what was read."""
         past = cache[self.blocks[0]][0].size(2) if cache else 0  # [2] characters it holds
         rope = self.rope[:, past : past + ids.size(1)]  # [2]
-        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))  # blanks characters
+        # Dim 1 is T, so dropout1d blanks whole characters.
+        x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))
         for block in self.blocks:
             x = block(x, rope, cache)  # [2]
         return self.head(norm(x)).float()
@@ -167,20 +167,13 @@ def sizes():
 
 
 def save(contents, path):
-    """Writes beside path, then renames: path holds the old or the new, never half. OSError."""
+    """Writes beside path, then renames, so that path never holds half a file. OSError."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())  # a power cut leaves the old or the new too
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): name other --weights") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(buffer.getbuffer())
+    partial.replace(path)
 
 
 def load(path, dtype=None):
@@ -189,12 +182,12 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        fits = all(checkpoint[key] == size for key, size in sizes().items())
+        fits = sizes().items() <= checkpoint.items()
     except Exception:  # a damaged file can fail in any way
         fits = False
     if not fits:
-        fault = "damaged, or of another script or other sizes" if path.exists() else "missing"
-        raise ValueError(f"{path} is {fault}: make it with `{name}.py --train`")
+        faults = "missing, damaged, or made by another script or with other sizes"
+        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`")
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 
@@ -206,9 +199,9 @@ def draw(logits, temp):
 
 
 @torch.inference_mode()
-def generate(model, prompt=None, length=2000, temp=0.75):  # [3]
+def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
     """Writes length characters after prompt (default: the model's). After each pass it yields the
-    text so far and how much of it is final: all. ValueError: the prompt cannot be read."""
+    text so far and how many characters of it are final: all. ValueError: prompt cannot be read."""
     text = model.prompt if prompt is None else prompt
     if not text:  # [3]
         raise ValueError("the prompt is empty: give a character to start from")
@@ -228,8 +221,8 @@ def generate(model, prompt=None, length=2000, temp=0.75):  # [3]
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1, in nats per character: (windows,
-    passes), for each pass that writes a window after its context. Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1: (windows, passes), what each pass
+    after the context adds, in nats per character. Leaves the model in eval mode."""
     model.eval()
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
     nats = []
@@ -251,35 +244,20 @@ def rate(i, iters):
     return learning_rate * min(i / warmup_iters, (iters + 1 - i) / max(1, iters - warmup_iters))
 
 
-def calibrate(model, text):
-    """Shrinks the head, and so all logits, to where text scores best, and returns that score. A
-    model that knows its training text by heart is too sure of any other (arXiv 1706.04599)."""
-    best = math.inf
-    while (nats := score(model, text).mean().item()) < best:
-        best, weight = nats, model.head.weight
-        model.head.weight = nn.Parameter(0.95 * weight)  # not in place: autocast keeps what it cast
-    model.head.weight = weight
-    return best
-
-
-def read_state(path, run):
-    """What a run has left in a file, {} if nothing. ValueError: damaged, or of another run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        other = [key for key in run if state and state[key] != run[key]]
-    except Exception:  # a damaged file can fail in any way
-        other = run
-    if other:
-        remedy = "repeat its command, delete the file, or name other --weights"
-        fault = f"damaged or of another run (other {', '.join(other)})"
-        raise ValueError(f"{path} is {fault}: {remedy}")
-    return state
+def compiled(model):
+    """The model, compiled on CUDA where Triton is there; else as it is."""
+    if model.rope.device.type != "cuda" or not find_spec("triton"):
+        return model
+    print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
+    torch._dynamo.config.suppress_errors = True
+    torch._logging.set_logs(dynamo=50)  # not a thousand lines of warnings
+    return torch.compile(model)
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data. The file weights gets what scores best on the validation text, when
-    the run ends, with its head calibrated; until then that is in FILE.resume, beside all that the
-    same call needs to go on. OSError, ValueError."""
+    """Trains on the file data. At the end the file weights gets what scored best on the validation
+    text; until then that is in FILE.<checksum>.resume, with all that the same call needs to go on.
+    OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -288,77 +266,70 @@ def train(data, weights, iters, seed=1337):
     train_text, val_text = read_splits(data)
 
     model = Model(CharTokenizer(train_text + val_text), train_text[:context]).to(device)
-    compiled = torch.compile(model) if device.type == "cuda" and find_spec("triton") else model
-    ids = model.tokenizer.encode(train_text).to(device)
-
     matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    run = dict(sizes(), iters=iters, seed=seed, chars=model.tokenizer.chars, prompt=model.prompt)
-    run["text"] = zlib.crc32((train_text + val_text).encode())
-    run["script"] = zlib.crc32(script_path.read_bytes())
-    state_path = Path(f"{weights}.resume")
-    state = dict(run, done=0, best=math.inf) | read_state(state_path, run)
+    # The name of the state says what the run is: any other run has a file of its own.
+    run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
+    state_path = Path(f"{weights}.{zlib.crc32(repr(run).encode()):08x}.resume")
+    checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
+    state = dict(checkpoint, done=0, best=math.inf)
+    if state_path.exists():
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
-        print(f"{state_path}: goes on after iteration {state['done']}", file=sys.stderr)
-    # A folder that cannot be written ends the run here, before any work is done.
-    save(state if state["done"] else {}, state_path)
+    save(state, state_path)  # a folder that cannot be written ends the run here, before any work
+    print(f"state in {state_path}, goes on after iteration {state['done']}", file=sys.stderr)
 
+    compiled_model = compiled(model)
+    ids = model.tokenizer.encode(train_text).to(device)
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
-    try:
-        for i in bar:
-            torch.manual_seed(seed * iters + i)  # so that nothing random has to be saved
-            for group in muon.param_groups + adamw.param_groups:
-                group["lr"] = rate(i, iters)
-            starts = torch.randint(len(ids) - block_size, (batch_size, 1))
-            rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
+    for i in bar:
+        # Each iteration of each seed has a seed of its own: no random state has to be saved.
+        torch.manual_seed(seed * iters + i)
+        for group in muon.param_groups + adamw.param_groups:
+            group["lr"] = rate(i, iters)
+        starts = torch.randint(len(ids) - block_size, (batch_size, 1))
+        rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
 
-            model.train().zero_grad()
-            with autocast:
-                loss = loss_fn(compiled, rows)
-            loss.backward()
-            muon.step()
-            adamw.step()
-            if i % 10 == 0:
-                bar.set_postfix(loss=loss.item(), best=state["best"])
-            if i % eval_interval and i < iters:
-                continue
-
-            with autocast:
-                nats = score(model, val_text).mean().item()
-            if not math.isfinite(nats):
-                state_path.unlink(missing_ok=True)
-                raise ValueError("the run has diverged: give it a smaller learning_rate")
-            if nats < state["best"]:
-                rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
-                state.update(best=nats, weights=rounded)
-            state.update(model=model.state_dict(), muon=muon.state_dict(), adamw=adamw.state_dict())
-            save(dict(state, done=i), state_path)
-            state["done"] = i  # not before, as an interrupt names what was saved
-            bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
-
-        print("calibrating", file=sys.stderr)
-        model.load_state_dict(state["weights"])
+        model.train().zero_grad()
         with autocast:
-            best = calibrate(model, val_text)
-        if weights.exists():
-            weights.replace(f"{weights}.old")
-        save(dict(run, weights=model.bfloat16().state_dict()), weights)
-    except KeyboardInterrupt:
-        then = f"; the same command goes on after iteration {state['done']}"
-        raise KeyboardInterrupt(then) from None
-    state_path.unlink(missing_ok=True)
-    print(f"{weights}: {best:.4f} nats per character", file=sys.stderr)
+            loss = loss_fn(compiled_model, rows)
+        loss.backward()
+        muon.step()
+        adamw.step()
+        if i % 10 == 0:
+            bar.set_postfix(loss=loss.item(), best=state["best"])
+        if i % eval_interval and i < iters:
+            continue
+
+        with autocast:
+            nats = score(model, val_text).mean().item()
+        if not math.isfinite(nats):
+            raise ValueError("the run has diverged: give it a smaller learning_rate")
+        if nats < state["best"]:
+            rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
+            state.update(best=nats, weights=rounded)
+        state.update(done=i, model=model.state_dict())
+        state.update(muon=muon.state_dict(), adamw=adamw.state_dict())
+        save(state, state_path)
+        bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
+
+    if weights.exists():
+        shutil.copyfile(weights, f"{weights}.old")
+    save(dict(checkpoint, weights=state["weights"]), weights)
+    state_path.unlink()
+    print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
 
 
 # ---- command line ------------------------------------------------------------------------------
 def write(texts, characters):
     """Prints what generate() yields as it becomes final; the figures go to standard error."""
     began, shown, passes = time.perf_counter(), 0, 0
+    # No bar where the text goes to a screen. None: nor where standard error does not.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -380,7 +351,7 @@ def main(argv=None):
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
     add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
-    add("--temp", type=float, default=0.75, help="temperature, 0 is greedy (%(default)s)")  # [3]
+    add("--temp", type=float, default=1.0, help="temperature, 0 is greedy (%(default)s)")
     args = parser.parse_args(argv)
 
     for key, value in vars(args).items():
@@ -398,20 +369,16 @@ def main(argv=None):
             model = load(args.weights)
             torch.manual_seed(args.seed)
             texts = generate(model, args.prompt, args.length, args.temp)  # [3]
-            write(texts, args.length + (args.prompt or "").count("_"))
+            write(texts, args.length)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "to allocate")):
-            raise
-        parser.exit(2, f"{name}.py: out of memory: training needs less by a smaller batch_size\n")
-    except KeyboardInterrupt as stop:
-        parser.exit(130, f"\n{name}.py: stopped{stop}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{name}.py: stopped; a training goes on with the same command\n")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor one that is closed
-        sys.stdout.reconfigure(errors="replace")  # a character that the console lacks ends nothing
+    if hasattr(sys.stdout, "reconfigure"):  # missing in a notebook, or when closed
+        sys.stdout.reconfigure(errors="replace")  # print ? for what the console lacks
         if hasattr(signal, "SIGPIPE"):  # Windows has none
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()

@@ -2,8 +2,6 @@
 
 import difflib
 import re
-import subprocess
-import sys
 
 from conftest import ROOT
 
@@ -32,20 +30,3 @@ def test_both_files_mark_each_of_the_five_changes_and_nothing_that_does_not_diff
 def test_the_legend_is_the_same_in_both():
     (legend, other) = (module.__doc__.split("\n", 1)[1] for module in (gpt, diffusion))
     assert legend == other and re.findall(r"^\[(\d)\]", legend, re.M) == list("12345")
-
-
-def test_importing_does_nothing():
-    code = """
-import sys, numpy, torch, tqdm, urllib.request, argparse, http.client
-before, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
-events = []
-sys.addaudithook(lambda event, args: events.append((event, str(args[0]))) if events is not None
-                 and event in ("open", "socket.connect", "os.mkdir", "os.rename") else None)
-import gpt, diffusion
-seen, events = events, None
-assert all("gpt." in path or "diffusion." in path for _, path in seen), seen
-assert all(path.endswith((".py", ".pyc")) or ".pyc." in path for _, path in seen), seen
-assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()
-assert precision == torch.get_float32_matmul_precision()
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -46,7 +46,7 @@ def test_the_weights_predict_what_they_were_not_trained_on(script):
     """On the first characters of it; characters drawn by their frequency alone would score 3.3."""
     validation = script.read_splits(script.data_path)[1][:3_000]
     score = mean_score(script, script.load(script.weights_path), validation)
-    assert 1.1 < score < (1.37 if script is gpt else 1.5)
+    assert 1.1 < score < (1.3 if script is gpt else 1.45)
 
 
 @text_is_here
