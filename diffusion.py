@@ -1,10 +1,10 @@
 """Diffusion on Tiny Shakespeare: it fills in hidden characters, many of them per forward pass.
 
-gpt.py and diffusion.py are one file but for five changes, marked [1] to [5] in both. Run
+gpt.py and diffusion.py are the same but for five changes, marked [1] to [5] in both. Run
 `diff gpt.py diffusion.py`: that is the lesson.
 
 [1] vocabulary: GPT has the characters; diffusion adds a mask, "_", that is read, never predicted
-[2] attention: GPT looks back, so that keys and values can be cached; diffusion looks both ways
+[2] attention: GPT looks back, so keys and values can be cached; diffusion looks both ways
 [3] generation: GPT writes one character per pass; diffusion writes many, and looks a second time
 [4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
 [5] loss: GPT counts all characters; diffusion counts the hidden ones
@@ -31,19 +31,19 @@ from tqdm import tqdm
 
 # ---- hyperparameters: looked up at call time, so that tests can set them -----------------------
 block_size = 256  # characters in the window, which is all that the model sees
-context = 16  # characters of it that are given when the others are scored
-n_layer = 6  # layers
+context = 16  # its first characters, which are given when the others are scored
+n_layer = 6  # Blocks
 n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
-learning_rate = 0.005  # at the peak
-warmup_iters = 100  # iterations to the peak
+learning_rate = 0.005  # its peak, after the warm-up
+warmup_iters = 100  # iterations until the peak
 eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 128  # [4] rows of block_size characters per iteration
-dropout = 0.0  # [4] share of a layer's output that is zeroed: each epoch hides others
+dropout = 0.0  # [4] share of a Block's output that is zeroed: each epoch hides other characters
 max_iters = 5000  # [4] iterations: it learns for longer
-columns = 8  # [3] characters to a line of the table; divides block_size and context
+columns = 8  # [3] of the table that the window is read as; divides block_size and context
 
 script_path = Path(__file__).resolve()
 name = script_path.stem
@@ -55,8 +55,8 @@ data_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # ---- data --------------------------------------------------------------------------------------
 def read_splits(path):
-    """A text to train on, and the rest to validate on: its last tenth, or its last 120,000
-    characters if that is less. Fetches data.txt. OSError, ValueError."""
+    """A text to train on and a text to validate on: the last tenth, at most 120,000 characters.
+    Fetches data.txt if it is missing. Raises OSError, ValueError."""
     if path == data_path and not path.exists():
         try:
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
@@ -79,7 +79,7 @@ class CharTokenizer:  # one character, one token; "_" is reserved for the mask
         self.ids = {char: i for i, char in enumerate(self.vocab)}
 
     def encode(self, text):
-        """str of T characters -> LongTensor (T,); ValueError names a character it does not know."""
+        """str of T characters -> LongTensor (T,). Raises ValueError on an unknown character."""
         try:
             return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
         except KeyError as unknown:
@@ -162,8 +162,8 @@ def sizes():
 
 
 def save(contents, path):
-    """Writes beside path, then renames, so that path never holds half a file. OSError."""
-    buffer = io.BytesIO()
+    """Writes beside path, then renames: path never holds half a file. Raises OSError."""
+    buffer = io.BytesIO()  # to a path torch.save would raise RuntimeError
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
@@ -172,17 +172,16 @@ def save(contents, path):
 
 
 def load(path, dtype=None):
-    """The Model in a checkpoint, in eval mode on the best device. ValueError says what to do."""
+    """The Model in a checkpoint, in eval mode on the best device. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        fits = sizes().items() <= checkpoint.items()
+        if not sizes().items() <= checkpoint.items():  # n_head shows in no shape
+            raise ValueError
     except Exception:  # a damaged file can fail in any way
-        fits = False
-    if not fits:
         faults = "missing, damaged, or made by another script or with other sizes"
-        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`")
+        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`") from None
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 
@@ -197,19 +196,17 @@ def draw(logits, temp):
 def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then writes length characters after it.
     After each pass it yields the text so far, holes as "_", and how many characters of it are
-    final: those before the block. ValueError: prompt cannot be read.
+    final: those before the block. Raises ValueError.
 
     The window is a table, 8 characters to a line. In the draft each pass writes the column that the
     model is surest of; in a second look each column is erased and written again. The temperature
-    falls with each pass, as the cube of the passes left: bold first, careful last. Five lines that
-    follow "MERCUTIO: The ki" after 1, 2, 4, 8 passes and, with the second look, 16 ("·" is a space,
+    falls with each pass, as the cube of the passes left: bold first, careful last. Three lines
+    after "MERCUTIO: The ki", after 1, 2, 4, 8 passes and, with the second look, 16 ("·" is a space,
     "/" a newline):
 
         n_______    ng______    ngs____·    ngs·and·    ng,·and·
         p_______    pa______    par____e    part·the    part·the
         r_______    re______    re·____s    re·the·s    re/The·s
-        l_______    le______    lee____·    leeping·    leeping·
-        l_______    li______    lig____·    lights,·    sights,·
     """
     text = model.prompt if prompt is None else prompt
     model.tokenizer.encode(text)  # an unknown character anywhere ends it here, before any work
@@ -232,19 +229,19 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
         to_write = column_of[block].unique()  # the columns that have holes
         passes = (1 + looks) * len(to_write)
         for i in range(passes):
-            if i >= len(to_write):  # a second look: the column that it erases is the only choice
+            if i >= len(to_write):  # second look: erase a column, the only one with holes then
                 window[block & (column_of == to_write[i % len(to_write)])] = mask
             logits = model(window[None].to(model.rope.device)).cpu()
-            column = surest_column(logits, (block & (window == mask))[None])[0]
-            window[column] = draw(logits[0, column], temp * (1 - i / passes) ** 3)
+            chosen = surest_column(logits, (block & (window == mask))[None])[0]
+            window[chosen] = draw(logits[0, chosen], temp * (1 - i / passes) ** 3)
             written = text[:start] + model.tokenizer.decode(window)[: len(text) - start]
             yield written + text[end:given], first
         text = written + text[end:]
 
 
 def surest_column(logits, holes):
-    """logits (B, T, V), holes (B, T) -> the holes (B, T) of the column whose top probabilities are
-    highest in the mean, for each row. Characters of one column hardly depend on each other."""
+    """logits (B, T, V), holes (B, T) -> in each row the holes (B, T) of the column whose top
+    probabilities are highest on average. Its characters, 8 apart, depend little on each other."""
     certainty = logits.softmax(-1).amax(-1) * holes
     sums = certainty.unflatten(1, (-1, columns)).sum(1)  # (B, columns)
     counts = holes.unflatten(1, (-1, columns)).sum(1)
@@ -255,29 +252,30 @@ def surest_column(logits, holes):
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1: (windows, passes), what each pass
-    after the context adds, in nats per character. Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character: a tensor
+    (windows, passes), a column for each pass that writes. Leaves the model in eval mode."""
     model.eval()
-    windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
+    # Windows overlap by the context, so that each character is scored once.
+    windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)
     nats = []
     for rows in windows.to(model.rope.device).split(64):
-        # [3] Exact, as the choice of a column depends on the text so far alone (arXiv 2603.01367).
+        # [3] Exact, as the choice depends on the characters known so far alone (arXiv 2603.01367).
         ids, passes = rows.clone(), []
         ids[:, context:] = model.tokenizer.mask
         for _ in range(columns):
             logits = model(ids)
-            column = surest_column(logits, ids == model.tokenizer.mask)
-            paid = F.cross_entropy(logits.transpose(1, 2), rows, reduction="none")
-            passes.append((paid * column).sum(1) / column.sum(1))
-            ids = torch.where(column, rows, ids)
+            chosen = surest_column(logits, ids == model.tokenizer.mask)
+            char_nats = F.cross_entropy(logits.transpose(1, 2), rows, reduction="none")
+            passes.append((char_nats * chosen).sum(1) / chosen.sum(1))
+            ids = torch.where(chosen, rows, ids)
         nats.append(torch.stack(passes, 1))
     return torch.cat(nats)
 
 
 # ---- training ----------------------------------------------------------------------------------
 def loss_fn(model, rows):
-    """Nats per character that is asked for in rows (B, T + 1), a mean."""
-    targets = rows[:, 1:]  # [4] GPT reads the first character too; here it is not needed
+    """Mean nats per predicted character of rows (B, T + 1)."""
+    targets = rows[:, 1:]  # [4] without the extra character that GPT needs
     inputs = hide(targets, model.tokenizer.mask)  # [4]
     nats = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")  # (B, T)
     hidden = inputs == model.tokenizer.mask
@@ -286,12 +284,13 @@ def loss_fn(model, rows):
 
 def hide(ids, mask):
     """Hides 1 to 8 neighbouring columns of the table in ids (B, T), but never the context: 8 are
-    hidden when a draft begins, 1 in a second look. The mask of MDLM and LLaDA hides each character
-    with a probability t of its row, uniform: torch.rand(B, T) < torch.rand(B, 1)."""
+    hidden when a draft begins, 1 in a second look. Neighbours measured better than any columns.
+    MDLM and LLaDA draw t for each row, uniformly, and hide each character with probability t:
+    hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
     # Stratified: each width as often. Drawn on the CPU: a seed gives the same masks on any device.
     width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns
-    # The hidden columns begin anywhere and go on round the edge of the table.
+    # The hidden columns begin anywhere and wrap round the edge of the table.
     places = torch.arange(T) + torch.randint(columns, (B, 1))
     hidden = places % columns < width[:, None]  # (B, T)
     hidden[:, :context] = False
@@ -304,19 +303,19 @@ def rate(i, iters):
 
 
 def compiled(model):
-    """The model, compiled on CUDA where Triton is there; else as it is."""
+    """Compiles on CUDA where Triton is installed; else the model as it is."""
     if model.rope.device.type != "cuda" or not find_spec("triton"):
         return model
     print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
     torch._dynamo.config.suppress_errors = True
-    torch._logging.set_logs(dynamo=50)  # not a thousand lines of warnings
+    torch._logging.set_logs(dynamo=50)  # critical messages alone: a failure is a thousand lines
     return torch.compile(model)
 
 
 def train(data, weights, iters, seed=1337):
     """Trains on the file data. At the end the file weights gets what scored best on the validation
-    text; until then that is in FILE.<checksum>.resume, with all that the same call needs to go on.
-    OSError, ValueError."""
+    text. Until then that is in <weights>.<checksum>.resume, with all that the same call needs to go
+    on. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -329,11 +328,11 @@ def train(data, weights, iters, seed=1337):
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    # The name of the state says what the run is: any other run has a file of its own.
+    # The checksum is of all that the run is, so another run has another file.
     run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
     state_path = Path(f"{weights}.{zlib.crc32(repr(run).encode()):08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)
+    state = dict(checkpoint, done=0, best=math.inf)  # load() reads it as a checkpoint too
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:
@@ -368,7 +367,7 @@ def train(data, weights, iters, seed=1337):
         with autocast:
             nats = score(model, val_text).mean().item()
         if not math.isfinite(nats):
-            raise ValueError("the run has diverged: give it a smaller learning_rate")
+            raise ValueError("the run has diverged: set a smaller learning_rate")
         if nats < state["best"]:
             rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
             state.update(best=nats, weights=rounded)
@@ -378,7 +377,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")
+        shutil.copyfile(weights, f"{weights}.old")  # a copy, so that weights is always there
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -387,8 +386,9 @@ def train(data, weights, iters, seed=1337):
 # ---- command line ------------------------------------------------------------------------------
 def write(texts, characters):
     """Prints what generate() yields as it becomes final; the figures go to standard error."""
-    began, shown, passes = time.perf_counter(), 0, 0
-    # No bar where the text goes to a screen. None: nor where standard error does not.
+    began = time.perf_counter()
+    shown = passes = 0
+    # No bar if the text goes to a terminal; None: nor if standard error does not.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -401,7 +401,8 @@ def write(texts, characters):
 def main(argv=None):
     """The command line. Bad input ends with one line and exit code 2, Ctrl-C with 130."""
     parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes, by default.")
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="keep the weights that score best")
     mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")

@@ -1,10 +1,10 @@
 """A GPT on Tiny Shakespeare: it writes from left to right, one character per forward pass.
 
-gpt.py and diffusion.py are one file but for five changes, marked [1] to [5] in both. Run
+gpt.py and diffusion.py are the same but for five changes, marked [1] to [5] in both. Run
 `diff gpt.py diffusion.py`: that is the lesson.
 
 [1] vocabulary: GPT has the characters; diffusion adds a mask, "_", that is read, never predicted
-[2] attention: GPT looks back, so that keys and values can be cached; diffusion looks both ways
+[2] attention: GPT looks back, so keys and values can be cached; diffusion looks both ways
 [3] generation: GPT writes one character per pass; diffusion writes many, and looks a second time
 [4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
 [5] loss: GPT counts all characters; diffusion counts the hidden ones
@@ -31,17 +31,17 @@ from tqdm import tqdm
 
 # ---- hyperparameters: looked up at call time, so that tests can set them -----------------------
 block_size = 256  # characters in the window, which is all that the model sees
-context = 16  # characters of it that are given when the others are scored
-n_layer = 6  # layers
+context = 16  # its first characters, which are given when the others are scored
+n_layer = 6  # Blocks
 n_head = 6  # attention heads in each
 n_embd = 384  # numbers per character between layers
-learning_rate = 0.005  # at the peak
-warmup_iters = 100  # iterations to the peak
+learning_rate = 0.005  # its peak, after the warm-up
+warmup_iters = 100  # iterations until the peak
 eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 32  # [4] rows of block_size characters per iteration
-dropout = 0.35  # [4] share of a layer's output that is zeroed: each epoch shows the same targets
+dropout = 0.35  # [4] share of a Block's output that is zeroed: each epoch shows the same targets
 max_iters = 2400  # [4] iterations: with more it memorises
 
 script_path = Path(__file__).resolve()
@@ -54,8 +54,8 @@ data_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # ---- data --------------------------------------------------------------------------------------
 def read_splits(path):
-    """A text to train on, and the rest to validate on: its last tenth, or its last 120,000
-    characters if that is less. Fetches data.txt. OSError, ValueError."""
+    """A text to train on and a text to validate on: the last tenth, at most 120,000 characters.
+    Fetches data.txt if it is missing. Raises OSError, ValueError."""
     if path == data_path and not path.exists():
         try:
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
@@ -77,7 +77,7 @@ class CharTokenizer:  # one character, one token; "_" is reserved for the mask
         self.ids = {char: i for i, char in enumerate(self.vocab)}
 
     def encode(self, text):
-        """str of T characters -> LongTensor (T,); ValueError names a character it does not know."""
+        """str of T characters -> LongTensor (T,). Raises ValueError on an unknown character."""
         try:
             return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
         except KeyError as unknown:
@@ -115,13 +115,13 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
         q = rotate(norm(q), rope)
         k = rotate(norm(k), rope)
-        if cache is not None:  # [2] the keys and values of characters before stay what they are
+        if cache is not None:  # [2] earlier keys and values never change
             if self in cache:
                 past_k, past_v = cache[self]
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             cache[self] = k, v
-        # [2] Causal where a stretch is read, from position 0. After a cache that is not empty only
-        # one character is read, and it sees all: for several neither value would be right.
+        # [2] Several characters are read from position 0 only, so causal is right. After a cache
+        # one is read and sees all; several there would need a mask of their own.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -142,7 +142,8 @@ class Model(nn.Module):
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
 
     def forward(self, ids, cache=None):  # [2]
-        """ids (B, T) -> logits (B, T, V), float32. A cache, {} at first, keeps what was read."""
+        """ids (B, T) -> logits (B, T, V), float32. A cache is {} at first, then Block: (keys,
+        values) of what was read."""
         past = cache[self.blocks[0]][0].size(2) if cache else 0  # [2] characters it holds
         rope = self.rope[:, past : past + ids.size(1)]  # [2]
         # Dim 1 is T, so dropout1d blanks whole characters.
@@ -167,8 +168,8 @@ def sizes():
 
 
 def save(contents, path):
-    """Writes beside path, then renames, so that path never holds half a file. OSError."""
-    buffer = io.BytesIO()
+    """Writes beside path, then renames: path never holds half a file. Raises OSError."""
+    buffer = io.BytesIO()  # to a path torch.save would raise RuntimeError
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
@@ -177,17 +178,16 @@ def save(contents, path):
 
 
 def load(path, dtype=None):
-    """The Model in a checkpoint, in eval mode on the best device. ValueError says what to do."""
+    """The Model in a checkpoint, in eval mode on the best device. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        fits = sizes().items() <= checkpoint.items()
+        if not sizes().items() <= checkpoint.items():  # n_head shows in no shape
+            raise ValueError
     except Exception:  # a damaged file can fail in any way
-        fits = False
-    if not fits:
         faults = "missing, damaged, or made by another script or with other sizes"
-        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`")
+        raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`") from None
     device, fastest_dtype = best_device()
     return model.to(device, dtype or fastest_dtype).eval()
 
@@ -201,7 +201,7 @@ def draw(logits, temp):
 @torch.inference_mode()
 def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
     """Writes length characters after prompt (default: the model's). After each pass it yields the
-    text so far and how many characters of it are final: all. ValueError: prompt cannot be read."""
+    text so far and how many characters of it are final: all. Raises ValueError."""
     text = model.prompt if prompt is None else prompt
     if not text:  # [3]
         raise ValueError("the prompt is empty: give a character to start from")
@@ -209,7 +209,7 @@ def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
     if not length:
         yield text, len(text)
     for _ in range(length):
-        if len(window) > block_size:  # it is full: read its last half anew, from position 0
+        if len(window) > block_size:  # full: begin anew with its last half
             window, cache = window[-(block_size // 2) :], {}
         unread = window[-1:] if cache else window  # [2] what the cache does not hold
         logits = model(unread[None].to(model.rope.device), cache)[0, -1:].cpu()
@@ -221,10 +221,11 @@ def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1: (windows, passes), what each pass
-    after the context adds, in nats per character. Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character: a tensor
+    (windows, passes), a column for each pass that writes. Leaves the model in eval mode."""
     model.eval()
-    windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)  # (B, T)
+    # Windows overlap by the context, so that each character is scored once.
+    windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)
     nats = []
     for rows in windows.to(model.rope.device).split(64):
         logits = model(rows[:, :-1])[:, context - 1 :]  # [3] all passes at once
@@ -234,7 +235,7 @@ def score(model, text):
 
 # ---- training ----------------------------------------------------------------------------------
 def loss_fn(model, rows):
-    """Nats per character that is asked for in rows (B, T + 1), a mean."""
+    """Mean nats per predicted character of rows (B, T + 1)."""
     inputs, targets = rows[:, :-1], rows[:, 1:]  # [4]
     return F.cross_entropy(model(inputs).transpose(1, 2), targets)  # [5]
 
@@ -245,19 +246,19 @@ def rate(i, iters):
 
 
 def compiled(model):
-    """The model, compiled on CUDA where Triton is there; else as it is."""
+    """Compiles on CUDA where Triton is installed; else the model as it is."""
     if model.rope.device.type != "cuda" or not find_spec("triton"):
         return model
     print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
     torch._dynamo.config.suppress_errors = True
-    torch._logging.set_logs(dynamo=50)  # not a thousand lines of warnings
+    torch._logging.set_logs(dynamo=50)  # critical messages alone: a failure is a thousand lines
     return torch.compile(model)
 
 
 def train(data, weights, iters, seed=1337):
     """Trains on the file data. At the end the file weights gets what scored best on the validation
-    text; until then that is in FILE.<checksum>.resume, with all that the same call needs to go on.
-    OSError, ValueError."""
+    text. Until then that is in <weights>.<checksum>.resume, with all that the same call needs to go
+    on. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -270,11 +271,11 @@ def train(data, weights, iters, seed=1337):
     muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    # The name of the state says what the run is: any other run has a file of its own.
+    # The checksum is of all that the run is, so another run has another file.
     run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
     state_path = Path(f"{weights}.{zlib.crc32(repr(run).encode()):08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)
+    state = dict(checkpoint, done=0, best=math.inf)  # load() reads it as a checkpoint too
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:
@@ -309,7 +310,7 @@ def train(data, weights, iters, seed=1337):
         with autocast:
             nats = score(model, val_text).mean().item()
         if not math.isfinite(nats):
-            raise ValueError("the run has diverged: give it a smaller learning_rate")
+            raise ValueError("the run has diverged: set a smaller learning_rate")
         if nats < state["best"]:
             rounded = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
             state.update(best=nats, weights=rounded)
@@ -319,7 +320,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")
+        shutil.copyfile(weights, f"{weights}.old")  # a copy, so that weights is always there
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -328,8 +329,9 @@ def train(data, weights, iters, seed=1337):
 # ---- command line ------------------------------------------------------------------------------
 def write(texts, characters):
     """Prints what generate() yields as it becomes final; the figures go to standard error."""
-    began, shown, passes = time.perf_counter(), 0, 0
-    # No bar where the text goes to a screen. None: nor where standard error does not.
+    began = time.perf_counter()
+    shown = passes = 0
+    # No bar if the text goes to a terminal; None: nor if standard error does not.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -342,7 +344,8 @@ def write(texts, characters):
 def main(argv=None):
     """The command line. Bad input ends with one line and exit code 2, Ctrl-C with 130."""
     parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes, by default.")
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="keep the weights that score best")
     mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
