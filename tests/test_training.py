@@ -238,17 +238,6 @@ def test_all_weights_decay(script, scripted, monkeypatch):
     assert all(weight.abs().max() < 0.02 for weight in states[0].values())
 
 
-def test_scores_leave_training_as_it_was(script, scripted, monkeypatch):
-    """Scored once or three times on the way, training ends with the same weights."""
-    run, states, _ = scripted
-    run(1.0, 1.0, 1.0)
-    monkeypatch.setattr(script, "eval_interval", 6)
-    run(1.0)
-    assert equal(states[2], states[3])
-    run(1.0, args=["--seed", "2"])
-    assert not equal(states[2], states[4])
-
-
 def test_weights_stay_until_a_run_ends_and_then_as_old(script, scripted, capsys):
     """Also where a run is interrupted or diverges."""
     run, _, weights = scripted
