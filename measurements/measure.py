@@ -94,17 +94,6 @@ def ngram(texts, order, characters):
 
 
 # ---- nats: of real text, exact -----------------------------------------------------------------
-def nats_by_hidden(model, window):
-    """Nats per hidden character where 1 to all columns are hidden, as in training: (columns,)."""
-    ids = model.tokenizer.encode(window).to(model.rope.device)
-    rows = ids.expand(diffusion.columns, -1)  # as many as hide() takes to hide each number once
-    inputs = diffusion.hide(rows, model.tokenizer.mask)
-    hidden = inputs == model.tokenizer.mask
-    paid = F.cross_entropy(model(inputs).transpose(1, 2), rows, reduction="none")
-    means = (paid * hidden).sum(1) / hidden.sum(1)
-    return means[hidden.sum(1).argsort()].cpu().numpy()
-
-
 @torch.no_grad()
 def measure_nats(models, train, val, args):
     size = gpt.block_size
@@ -112,7 +101,7 @@ def measure_nats(models, train, val, args):
     texts = {"validation": val, "training": train[-len(val) :]}
     nanogpt_windows = pieces(val, size + 1, size)  # inputs and targets
     rows = []  # for each row its nats of each window of the validation text
-    details = []  # the rows of the second table
+    passes = []  # the rows of the second table: nats of each pass of the draft
     head("| | validation text | less the first row | training text | nanoGPT's windows |")
     for name, script, model in models:
         nats = {kind: script.score(model, text).cpu().numpy() for kind, text in texts.items()}
@@ -122,11 +111,7 @@ def measure_nats(models, train, val, args):
             ids = [model.tokenizer.encode(w)[None].to(model.rope.device) for w in nanogpt_windows]
             on_nanogpt_windows = mean([gpt.loss_fn(model, window).item() for window in ids])
         else:
-            torch.manual_seed(0)  # each model finds the same characters hidden
-            for kind, text in texts.items():
-                hidden = [nats_by_hidden(model, window) for window in pieces(text, size, stride)]
-                details.append((f"{name}, pass of the draft, {kind} text", nats[kind]))
-                details.append((f"{name}, hidden columns, {kind} text", np.array(hidden)))
+            passes += [(f"{name}, {kind} text", nats[kind].T) for kind in texts]
         difference = mean(rows[-1] - rows[0], sign="+")
         row(name, mean(rows[-1]), difference, mean(nats["training"].mean(1)), on_nanogpt_windows)
     seven_gram = ngram([train], 7, len(set(train + val)))
@@ -136,8 +121,8 @@ def measure_nats(models, train, val, args):
     row("7-gram", mean(rows[-1]), mean(rows[-1] - rows[0], sign="+"), "", on_nanogpt_windows)
     print()
     head("| | " + " | ".join(map(str, range(1, diffusion.columns + 1))) + " |")
-    for name, nats in details:
-        row(name, *map(mean, nats.T))
+    for name, nats in passes:
+        row(name, *map(mean, nats))
     print(f"\nfloat32, {len(windows)} windows, {len(nanogpt_windows)} of nanoGPT's")
 
 
@@ -247,21 +232,24 @@ def measure_infill(models, train, val, args):
 
 # ---- speed -------------------------------------------------------------------------------------
 def measure_speed(models, train, val, args):
-    seconds = np.zeros((len(models), args.runs))
-    passes = [0] * len(models)
-    for i in range(args.runs):
-        for j, (_, script, model) in enumerate(models):
-            began = time.perf_counter()
-            passes[j] = len(list(script.generate(model, None, args.length)))
-            seconds[j, i] = time.perf_counter() - began
-    head("| | passes | seconds | milliseconds per pass | of the first row's seconds |")
-    for j, (name, _, _) in enumerate(models):
-        figures = seconds[j], 1000 * seconds[j] / passes[j], seconds[j] / seconds[0]
-        cells = [f"{np.median(f):.3g} ({f.min():.3g} to {f.max():.3g})" for f in figures]
-        row(name, passes[j], *cells)
-    device, dtype = gpt.best_device()
-    print(f"\n{args.length} characters, {args.runs} times each in turn: median, least and most;")
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
+    device, fastest_dtype = gpt.best_device()
+    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    for dtype in dict.fromkeys((torch.float32, fastest_dtype)):
+        seconds = np.zeros((len(models), args.runs))
+        passes = [0] * len(models)
+        for i in range(args.runs):
+            for j, (_, script, model) in enumerate(models):
+                model.to(dtype)
+                began = time.perf_counter()
+                passes[j] = len(list(script.generate(model, None, args.length)))
+                seconds[j, i] = time.perf_counter() - began
+        head("| | passes | seconds | milliseconds per pass | of the first row's seconds |")
+        for j, (name, _, _) in enumerate(models):
+            figures = seconds[j], 1000 * seconds[j] / passes[j], seconds[j] / seconds[0]
+            cells = [f"{np.median(f):.3g} ({f.min():.3g} to {f.max():.3g})" for f in figures]
+            row(name, passes[j], *cells)
+        print(f"\n{where}, {dtype}\n")
+    print(f"{args.length} characters, {args.runs} times each in turn: median, least and most")
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -281,7 +269,7 @@ def main(argv=None):
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")
     args = parser.parse_args(argv)
-    dtype = torch.float32 if args.command in ("nats", "infill") else None  # exact, or as one writes
+    dtype = None if args.command == "text" else torch.float32  # as one writes, or exact
     try:
         models = [(f"`{path.name}`", gpt, gpt.load(path, dtype)) for path in args.gpt]
         for path in args.diffusion:
