@@ -1,15 +1,16 @@
 """Diffusion on Tiny Shakespeare: it fills in hidden characters, many of them per forward pass.
 
-gpt.py and diffusion.py are the same but for five changes, marked [1] to [5] in both. Run
+gpt.py and diffusion.py are identical but for five changes, marked [1] to [5] in both. Run
 `diff gpt.py diffusion.py`: that is the lesson.
 
-[1] vocabulary: GPT has the characters; diffusion adds a mask, "_", that is read, never predicted
+[1] vocabulary: GPT has the characters; diffusion adds a mask, "_": read but never predicted
 [2] attention: GPT looks back, so keys and values can be cached; diffusion looks both ways
 [3] generation: GPT writes one character per pass; diffusion writes many, and looks a second time
 [4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
 [5] loss: GPT counts all characters; diffusion counts the hidden ones
 
 The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
+Shapes: B rows, T characters, D numbers per attention head, V characters to predict.
 """
 
 import argparse
@@ -30,20 +31,20 @@ from torch import nn
 from tqdm import tqdm
 
 # ---- hyperparameters: looked up at call time, so that tests can set them -----------------------
-block_size = 256  # characters in the window, which is all that the model sees
-context = 16  # its first characters, which are given when the others are scored
+block_size = 256  # characters that the model sees at once: the window
+context = 16  # the first characters of a window: given, not scored
 n_layer = 6  # Blocks
-n_head = 6  # attention heads in each
-n_embd = 384  # numbers per character between layers
-learning_rate = 0.005  # its peak, after the warm-up
-warmup_iters = 100  # iterations until the peak
+n_head = 6  # attention heads in each Block
+n_embd = 384  # size of the vector of a character
+learning_rate = 0.005  # its peak, at the end of the warm-up
+warmup_iters = 100  # iterations of warm-up
 eval_interval = 500  # iterations between validations
-token_dropout = 0.1  # share of the characters it reads that are blanked, against memorising
+token_dropout = 0.1  # share of characters that training blanks, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 128  # [4] rows of block_size characters per iteration
-dropout = 0.0  # [4] share of a Block's output that is zeroed: each epoch hides other characters
-max_iters = 5000  # [4] iterations: it learns for longer
-columns = 8  # [3] of the table that the window is read as; divides block_size and context
+dropout = 0.0  # [4] share of each branch that is zeroed: none, as each epoch hides others
+max_iters = 5000  # [4] iterations: more targets to learn from
+columns = 8  # [3] of the table that a window is; divides block_size and context
 
 script_path = Path(__file__).resolve()
 name = script_path.stem
@@ -55,14 +56,14 @@ data_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # ---- data --------------------------------------------------------------------------------------
 def read_splits(path):
-    """A text to train on and a text to validate on: the last tenth, at most 120,000 characters.
-    Fetches data.txt if it is missing. Raises OSError, ValueError."""
+    """The text to train on and the text to validate on (the last tenth, at most 120,000
+    characters). Fetches data.txt if it is missing. Raises OSError, ValueError."""
     if path == data_path and not path.exists():
         try:
             torch.hub.download_url_to_file(data_url, path, data_sha256, progress=False)
         except Exception as error:  # a download can fail in any way
             raise OSError(f"cannot fetch {data_url} ({error}): save it as {path}") from None
-    text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte-order mark
+    text = path.read_text(encoding="utf-8-sig")  # -sig drops a byte-order mark
     if "_" in text:
         raise ValueError(f"{path} holds '_', which is reserved: replace it")
     split = max(int(0.9 * len(text)), len(text) - 120_000)
@@ -73,8 +74,8 @@ def read_splits(path):
 
 class CharTokenizer:  # one character, one token; "_" is reserved for the mask
     def __init__(self, text):
-        self.chars = "".join(sorted(set(text)))
-        self.vocab = self.chars + "_"  # [1]
+        self.chars = "".join(sorted(set(text)))  # what is predicted
+        self.vocab = self.chars + "_"  # [1] what is read
         self.mask = len(self.chars)  # [1] its id
         self.ids = {char: i for i, char in enumerate(self.vocab)}
 
@@ -82,12 +83,12 @@ class CharTokenizer:  # one character, one token; "_" is reserved for the mask
         """str of T characters -> LongTensor (T,). Raises ValueError on an unknown character."""
         try:
             return torch.tensor([self.ids[char] for char in text], dtype=torch.long)
-        except KeyError as unknown:
-            raise ValueError(f"unknown character {unknown}: leave it out") from None
+        except KeyError as char:
+            raise ValueError(f"unknown character {char}: leave it out") from None
 
     def decode(self, ids):
         """LongTensor (T,) -> str of T characters."""
-        return "".join([self.vocab[i] for i in ids.tolist()])
+        return "".join(self.vocab[i] for i in ids.tolist())
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -96,13 +97,13 @@ def norm(x):
 
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864): turns pairs in x (..., T, D) by angles that grow with the place."""
+    """RoPE (arXiv 2104.09864): rotates x (..., T, D) by place; rope (2, T, D / 2) is cos, sin."""
     a, b = x.chunk(2, -1)
     cos, sin = rope
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
 
-class Block(nn.Module):  # attention, then the MLP: each reads the normed stream and adds to it
+class Block(nn.Module):  # attention, then an MLP; each adds its output to x
     def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
@@ -117,7 +118,7 @@ class Block(nn.Module):  # attention, then the MLP: each reads the normed stream
         q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
         q = rotate(norm(q), rope)
         k = rotate(norm(k), rope)
-        # [2] no cache: each character that is written changes the keys and values of all others
+        # [2] no cache: each new character changes the keys and values of all others
         y = F.scaled_dot_product_attention(q, k, v, is_causal=False)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -129,7 +130,7 @@ class Model(nn.Module):
     def __init__(self, tokenizer, prompt):
         super().__init__()
         self.tokenizer = tokenizer
-        self.prompt = prompt  # the default prompt
+        self.prompt = prompt  # what generate() starts from if given none
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -140,7 +141,7 @@ class Model(nn.Module):
     def forward(self, ids):  # [2]
         """ids (B, T) -> logits (B, T, V), float32."""
         rope = self.rope[:, : ids.size(1)]  # [2]
-        # Dim 1 is T, so dropout1d blanks whole characters.
+        # dropout1d zeroes whole entries of dim 1, T: characters.
         x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))
         for block in self.blocks:
             x = block(x, rope)  # [2]
@@ -151,10 +152,10 @@ class Model(nn.Module):
 def best_device():
     """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Torch 2.9 has no public name for this yet: torch.cpu.get_capabilities came later.
-    cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return device, torch.bfloat16 if cuda or cpu else torch.float32
+    cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private, as torch 2.9 has no torch.cpu.get_capabilities.
+    cpu_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device, (torch.bfloat16 if cuda_bf16 or cpu_bf16 else torch.float32)
 
 
 def sizes():
@@ -162,8 +163,8 @@ def sizes():
 
 
 def save(contents, path):
-    """Writes beside path, then renames: path never holds half a file. Raises OSError."""
-    buffer = io.BytesIO()  # to a path torch.save would raise RuntimeError
+    """Writes a file beside path, then renames it: path is never half written. Raises OSError."""
+    buffer = io.BytesIO()  # torch.save to a path raises RuntimeError, not OSError
     torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
@@ -177,7 +178,7 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        if not sizes().items() <= checkpoint.items():  # n_head shows in no shape
+        if not sizes().items() <= checkpoint.items():  # the weights do not show n_head
             raise ValueError
     except Exception:  # a damaged file can fail in any way
         faults = "missing, damaged, or made by another script or with other sizes"
@@ -188,21 +189,21 @@ def load(path, dtype=None):
 
 # ---- generation --------------------------------------------------------------------------------
 def draw(logits, temp):
-    """logits (..., V) -> characters (...), by Gumbel-max: temp scales the noise, 0 is argmax."""
+    """logits (..., V) -> characters (...) of softmax(logits / temp), by Gumbel-max; 0: argmax."""
     return (logits - temp * torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
 @torch.inference_mode()
 def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
-    """Fills the holes of prompt (default: the model's), then writes length characters after it.
-    After each pass it yields the text so far, holes as "_", and how many characters of it are
-    final: those before the block. Raises ValueError.
+    """Fills the holes of prompt (default: the model's), then continues it by length characters.
+    Yields after each pass the text so far, holes as "_", and how many of its characters are final:
+    here those before the first hole of the block. Raises ValueError.
 
     The window is a table, 8 characters to a line. In the draft each pass writes the column that the
     model is surest of; in a second look each column is erased and written again. The temperature
-    falls with each pass, as the cube of the passes left: bold first, careful last. Three lines
-    after "MERCUTIO: The ki", after 1, 2, 4, 8 passes and, with the second look, 16 ("·" is a space,
-    "/" a newline):
+    falls with each pass, as the cube of the share of passes left: bold first, careful last. For
+    example three lines after "MERCUTIO: The ki", after 1, 2, 4, 8 passes and, with the second look,
+    16 ("·" is a space, "/" a newline):
 
         n_______    ng______    ngs____·    ngs·and·    ng,·and·
         p_______    pa______    par____e    part·the    part·the
@@ -216,26 +217,26 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
         yield text, given
     while "_" in text:
         first = text.index("_")
-        # In the prompt, or right after it, the model sees more of what is given: half a window.
+        # Before the first hole the model sees the context, of a prompt half a window.
         start = max(0, first - (context if first > given else block_size // 2))
         end = start + block_size
         window = model.tokenizer.encode(text[start:end].ljust(block_size, "_"))
         block = window == mask  # (T,) what is to be written
-        block[len(text) - start :] = False  # the padding never is
-        if text[end:].strip("_"):  # the prompt goes on: the next window shows more of it
+        block[len(text) - start :] = False  # but not the padding
+        if text[end:].strip("_"):  # more of the prompt follows: the next window sees it
             block[-context:] = False
 
         column_of = torch.arange(block_size) % columns
-        to_write = column_of[block].unique()  # the columns that have holes
-        passes = (1 + looks) * len(to_write)
+        block_columns = column_of[block].unique()
+        passes = (1 + looks) * len(block_columns)
         for i in range(passes):
-            if i >= len(to_write):  # second look: erase a column, the only one with holes then
-                window[block & (column_of == to_write[i % len(to_write)])] = mask
+            if i >= len(block_columns):  # second look: the erased column is the only choice
+                window[block & (column_of == block_columns[i % len(block_columns)])] = mask
             logits = model(window[None].to(model.rope.device)).cpu()
             chosen = surest_column(logits, (block & (window == mask))[None])[0]
             window[chosen] = draw(logits[0, chosen], temp * (1 - i / passes) ** 3)
             written = text[:start] + model.tokenizer.decode(window)[: len(text) - start]
-            yield written + text[end:given], first
+            yield written + text[end:given], first  # holes after the window are not text yet
         text = written + text[end:]
 
 
@@ -252,14 +253,14 @@ def surest_column(logits, holes):
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1, in nats per character: a tensor
-    (windows, passes), a column for each pass that writes. Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character: what each pass
+    pays, a tensor (windows, passes). Leaves the model in eval mode."""
     model.eval()
-    # Windows overlap by the context, so that each character is scored once.
+    # Windows overlap by the context, which is given, so no character is scored twice.
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)
     nats = []
     for rows in windows.to(model.rope.device).split(64):
-        # [3] Exact, as the choice depends on the characters known so far alone (arXiv 2603.01367).
+        # [3] Exact, as the choice depends only on characters already known (arXiv 2603.01367).
         ids, passes = rows.clone(), []
         ids[:, context:] = model.tokenizer.mask
         for _ in range(columns):
@@ -284,11 +285,11 @@ def loss_fn(model, rows):
 
 def hide(ids, mask):
     """Hides 1 to 8 neighbouring columns of the table in ids (B, T), but never the context: 8 are
-    hidden when a draft begins, 1 in a second look. Neighbours measured better than any columns.
-    MDLM and LLaDA draw t for each row, uniformly, and hide each character with probability t:
+    hidden when a draft begins, 1 in a second look. Neighbours measured better than random columns.
+    MDLM and LLaDA hide each character with a probability t, uniform and drawn for each row:
     hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
-    # Stratified: each width as often. Drawn on the CPU: a seed gives the same masks on any device.
+    # Stratified: each width equally often. On the CPU: a seed gives the same masks on any device.
     width = 1 + (torch.arange(B) + torch.randint(columns, (1,))) % columns
     # The hidden columns begin anywhere and wrap round the edge of the table.
     places = torch.arange(T) + torch.randint(columns, (B, 1))
@@ -298,24 +299,24 @@ def hide(ids, mask):
 
 
 def rate(i, iters):
-    """The learning rate of iteration i of 1 to iters: up to the peak, then down towards zero."""
+    """The learning rate for iteration i in 1..iters: a line up to the peak, then a line down."""
     return learning_rate * min(i / warmup_iters, (iters + 1 - i) / max(1, iters - warmup_iters))
 
 
 def compiled(model):
-    """Compiles on CUDA where Triton is installed; else the model as it is."""
+    """The model, compiled if there are CUDA and Triton."""
     if model.rope.device.type != "cuda" or not find_spec("triton"):
         return model
     print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
     torch._dynamo.config.suppress_errors = True
-    torch._logging.set_logs(dynamo=50)  # critical messages alone: a failure is a thousand lines
+    torch._logging.set_logs(dynamo=50)  # CRITICAL: hides the thousand lines of a failure
     return torch.compile(model)
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data. At the end the file weights gets what scored best on the validation
-    text. Until then that is in <weights>.<checksum>.resume, with all that the same call needs to go
-    on. Raises OSError, ValueError."""
+    """Trains on the file data and saves the weights that validate best in the file weights. Until
+    the end they are in <weights>.<checksum>.resume, with all that the same call needs to resume.
+    Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -323,35 +324,37 @@ def train(data, weights, iters, seed=1337):
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     train_text, val_text = read_splits(data)
 
-    model = Model(CharTokenizer(train_text + val_text), train_text[:context]).to(device)
-    matrices, others = model.blocks.parameters(), (model.embed.weight, model.head.weight)
-    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    model = Model(CharTokenizer(train_text + val_text), prompt=train_text[:context]).to(device)
+    inner, outer = model.blocks.parameters(), (model.embed.weight, model.head.weight)
+    # match_rms_adamw scales Muon's updates so that both optimisers can share a learning rate.
+    muon = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    # The checksum is of all that the run is, so another run has another file.
+    # Another run, even by an edited script, has another checksum, so another file.
     run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
-    state_path = Path(f"{weights}.{zlib.crc32(repr(run).encode()):08x}.resume")
+    checksum = zlib.crc32(repr(run).encode())
+    state_path = Path(f"{weights}.{checksum:08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
     state = dict(checkpoint, done=0, best=math.inf)  # load() reads it as a checkpoint too
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
-    if state["done"]:
+    if state["done"]:  # else it holds no model yet
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
-    save(state, state_path)  # a folder that cannot be written ends the run here, before any work
-    print(f"state in {state_path}, goes on after iteration {state['done']}", file=sys.stderr)
+    save(state, state_path)  # a folder that cannot be written ends the run now, not after hours
+    print(f"state in {state_path}, {state['done']} of {iters} iterations done", file=sys.stderr)
 
     compiled_model = compiled(model)
     ids = model.tokenizer.encode(train_text).to(device)
     bar = tqdm(range(state["done"] + 1, iters + 1), name, initial=state["done"], total=iters)
     for i in bar:
-        # Each iteration of each seed has a seed of its own: no random state has to be saved.
+        # Each iteration of each run has a seed of its own: no random state has to be saved.
         torch.manual_seed(seed * iters + i)
         for group in muon.param_groups + adamw.param_groups:
             group["lr"] = rate(i, iters)
         starts = torch.randint(len(ids) - block_size, (batch_size, 1))
-        rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (batch_size, T + 1)
+        rows = ids[(starts + torch.arange(block_size + 1)).to(device)]  # (B, T + 1)
 
         model.train().zero_grad()
         with autocast:
@@ -377,7 +380,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # a copy, so that weights is always there
+        shutil.copyfile(weights, f"{weights}.old")  # not moved: weights always exists
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -385,10 +388,10 @@ def train(data, weights, iters, seed=1337):
 
 # ---- command line ------------------------------------------------------------------------------
 def write(texts, characters):
-    """Prints what generate() yields as it becomes final; the figures go to standard error."""
+    """Prints what generate() yields as it becomes final; counts and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
-    # No bar if the text goes to a terminal; None: nor if standard error does not.
+    # No bar beside the text in a terminal. None: tqdm shows it if standard error is a terminal.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -400,17 +403,17 @@ def write(texts, characters):
 
 def main(argv=None):
     """The command line. Bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes, by default.")
+    parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes text by default.")
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="keep the weights that score best")
     mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
     add("--data", type=Path, default=data_path, help="a text of your own")
-    add("--weights", type=Path, default=weights_path, help="weights of your own")
+    add("--weights", type=Path, default=weights_path, help="the file to read or train to")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
-    add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
+    add("--seed", type=int, default=1337, help="random seed (%(default)s)")
     add("--temp", type=float, default=1.0, help="temperature, 0 is greedy (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")  # [3]
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -93,22 +94,24 @@ def test_training_learns_what_there_is_to_learn(script, toy, capsys, monkeypatch
     assert [*toy[1].parent.iterdir()] == [toy[1]]
 
 
-def test_rows_are_never_of_the_validation_text(script, toy, monkeypatch):
+def test_rows_are_always_new_and_never_of_the_validation_text(script, toy, monkeypatch):
     """The last tenth is all z, which no row of training may hold; the nine before it end in y. The
-    byte-order mark is no character."""
-    text, shapes, seen, loss_fn = doubled_letters(400), [], set(), script.loss_fn
+    byte-order mark is no character. Another seed draws other rows in each iteration."""
+    text, batches, loss_fn = doubled_letters(400), [], script.loss_fn
     toy[0].write_text(text[:1070] + "yyyyyyyyyy" + 120 * "z", encoding="utf-8-sig")
 
     def watch(model, rows):
-        shapes.append(tuple(rows.shape))
-        seen.update(model.tokenizer.decode(rows.flatten()))
+        batches.append([model.tokenizer.decode(row) for row in rows])
         assert model.training
         return loss_fn(model, rows)
 
     monkeypatch.setattr(script, "loss_fn", watch)
-    script.main(command(toy, "--iters", 20))
-    assert shapes == [(16, 25)] * 20
-    assert seen == set("abcdy ") and script.load(toy[1]).tokenizer.chars == " abcdyz"
+    for seed in 1, 2:
+        script.main(command(toy, "--iters", 10, "--seed", seed))
+    assert [[len(row) for row in rows] for rows in batches] == [[25] * 16] * 20
+    assert len({tuple(rows) for rows in batches}) == 20
+    assert set("".join(itertools.chain(*batches))) == set("abcdy ")
+    assert script.load(toy[1]).tokenizer.chars == " abcdyz"
 
 
 def test_a_large_text_is_validated_on_its_end_alone(script, tmp_path):
@@ -174,10 +177,10 @@ def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsy
     (state,) = weights.parent.iterdir()
     assert [state] == states_in(weights.parent) and holds(script, state, states[1])
     errors = capsys.readouterr().err
-    assert f"state in {state}, goes on after iteration 0\n" in errors
+    assert f"state in {state}, 0 of 6 iterations done\n" in errors
     assert errors.endswith(".py: stopped; a training goes on with the same command\n")
     run(2.0)
-    assert f"state in {state}, goes on after iteration 4\n" in capsys.readouterr().err
+    assert f"state in {state}, 4 of 6 iterations done\n" in capsys.readouterr().err
     assert equal(states[2], states[-1]) and holds(script, weights, states[1])
     assert [*weights.parent.iterdir()] == [weights]
 
@@ -225,7 +228,7 @@ def test_another_run_has_another_state(script, scripted, toy, monkeypatch, capsy
         before |= {path: path.read_bytes() for path in states_in(weights.parent)}
         change()
         run(3.0, args=args, ends=130)
-        assert "goes on after iteration 0\n" in capsys.readouterr().err.replace("\r", "\n")
+        assert re.search(r", 0 of \d iterations done\n", capsys.readouterr().err)
         assert len(states_in(weights.parent)) == len(before) + 1
     assert all(path.read_bytes() == contents for path, contents in before.items())
 
