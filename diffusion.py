@@ -42,9 +42,9 @@ eval_interval = 500  # iterations between validations
 token_dropout = 0.1  # share of characters that training blanks, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 128  # [4] rows of block_size characters per iteration
-dropout = 0.0  # [4] share of each branch that is zeroed: none, as each epoch hides others
+dropout = 0.0  # [4] share of each branch that is zeroed: none, as each epoch hides anew
 max_iters = 5000  # [4] iterations: more targets to learn from
-columns = 8  # [3] of the table that a window is; divides block_size and context
+columns = 8  # [3] a window is a table this wide; divides block_size and context
 
 script_path = Path(__file__).resolve()
 name = script_path.stem
@@ -153,7 +153,7 @@ def best_device():
     """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private, as torch 2.9 has no torch.cpu.get_capabilities.
+    # A private name, as torch 2.9 has no torch.cpu.get_capabilities.
     cpu_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return device, (torch.bfloat16 if cuda_bf16 or cpu_bf16 else torch.float32)
 
@@ -189,7 +189,7 @@ def load(path, dtype=None):
 
 # ---- generation --------------------------------------------------------------------------------
 def draw(logits, temp):
-    """logits (..., V) -> characters (...) of softmax(logits / temp), by Gumbel-max; 0: argmax."""
+    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0: argmax."""
     return (logits - temp * torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
@@ -202,8 +202,8 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
     The window is a table, 8 characters to a line. In the draft each pass writes the column that the
     model is surest of; in a second look each column is erased and written again. The temperature
     falls with each pass, as the cube of the share of passes left: bold first, careful last. For
-    example three lines after "MERCUTIO: The ki", after 1, 2, 4, 8 passes and, with the second look,
-    16 ("·" is a space, "/" a newline):
+    example, the three lines that follow "MERCUTIO: The ki" after 1, 2, 4, 8 and, with the second
+    look, 16 passes ("·" is a space, "/" a newline):
 
         n_______    ng______    ngs____·    ngs·and·    ng,·and·
         p_______    pa______    par____e    part·the    part·the
@@ -217,13 +217,13 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
         yield text, given
     while "_" in text:
         first = text.index("_")
-        # Before the first hole the model sees the context, of a prompt half a window.
+        # Seen before the first hole: half a window of a prompt, later only the context.
         start = max(0, first - (context if first > given else block_size // 2))
         end = start + block_size
         window = model.tokenizer.encode(text[start:end].ljust(block_size, "_"))
         block = window == mask  # (T,) what is to be written
         block[len(text) - start :] = False  # but not the padding
-        if text[end:].strip("_"):  # more of the prompt follows: the next window sees it
+        if text[end:].strip("_"):  # the prompt goes on: the next window sees both sides
             block[-context:] = False
 
         column_of = torch.arange(block_size) % columns
@@ -236,7 +236,7 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
             chosen = surest_column(logits, (block & (window == mask))[None])[0]
             window[chosen] = draw(logits[0, chosen], temp * (1 - i / passes) ** 3)
             written = text[:start] + model.tokenizer.decode(window)[: len(text) - start]
-            yield written + text[end:given], first  # holes after the window are not text yet
+            yield written + text[end:given], first  # without holes yet to come
         text = written + text[end:]
 
 
@@ -253,8 +253,8 @@ def surest_column(logits, holes):
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1, in nats per character: what each pass
-    pays, a tensor (windows, passes). Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character for each
+    pass: a tensor (windows, passes). Leaves the model in eval mode."""
     model.eval()
     # Windows overlap by the context, which is given, so no character is scored twice.
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)
@@ -285,7 +285,7 @@ def loss_fn(model, rows):
 
 def hide(ids, mask):
     """Hides 1 to 8 neighbouring columns of the table in ids (B, T), but never the context: 8 are
-    hidden when a draft begins, 1 in a second look. Neighbours measured better than random columns.
+    hidden when a draft begins, 1 in a second look. Neighbours did better than random columns.
     MDLM and LLaDA hide each character with a probability t, uniform and drawn for each row:
     hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
@@ -314,9 +314,8 @@ def compiled(model):
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data and saves the weights that validate best in the file weights. Until
-    the end they are in <weights>.<checksum>.resume, with all that the same call needs to resume.
-    Raises OSError, ValueError."""
+    """Trains on the file data and writes the weights that validate best to the file weights. Until
+    then <weights>.<checksum>.resume is what the same call resumes. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -335,7 +334,7 @@ def train(data, weights, iters, seed=1337):
     checksum = zlib.crc32(repr(run).encode())
     state_path = Path(f"{weights}.{checksum:08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)  # load() reads it as a checkpoint too
+    state = dict(checkpoint, done=0, best=math.inf)  # with weights it is a checkpoint too
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:  # else it holds no model yet
@@ -380,7 +379,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # not moved: weights always exists
+        shutil.copyfile(weights, f"{weights}.old")  # not moved: it must always exist
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -391,7 +390,7 @@ def write(texts, characters):
     """Prints what generate() yields as it becomes final; counts and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
-    # No bar beside the text in a terminal. None: tqdm shows it if standard error is a terminal.
+    # No bar beside text in a terminal. disable=None: a bar if standard error is a terminal.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -406,11 +405,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes text by default.")
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--train", action="store_true", help="keep the weights that score best")
+    mode.add_argument("--train", action="store_true", help="train and keep the best weights")
     mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
     add("--data", type=Path, default=data_path, help="a text of your own")
-    add("--weights", type=Path, default=weights_path, help="the file to read or train to")
+    add("--weights", type=Path, default=weights_path, help="the file to read or write")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
     add("--seed", type=int, default=1337, help="random seed (%(default)s)")

@@ -121,8 +121,8 @@ class Block(nn.Module):  # attention, then an MLP; each adds its output to x
                 past_k, past_v = cache[self]
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             cache[self] = k, v
-        # [2] From position 0: causal. After that a single character is read, which sees all of the
-        # past. (Several would need a causal mask with an offset.)
+        # [2] From position 0 a pass is causal. A later one reads one character, which sees all of
+        # the past. (Several would need a causal mask with an offset.)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -159,7 +159,7 @@ def best_device():
     """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private, as torch 2.9 has no torch.cpu.get_capabilities.
+    # A private name, as torch 2.9 has no torch.cpu.get_capabilities.
     cpu_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return device, (torch.bfloat16 if cuda_bf16 or cpu_bf16 else torch.float32)
 
@@ -195,7 +195,7 @@ def load(path, dtype=None):
 
 # ---- generation --------------------------------------------------------------------------------
 def draw(logits, temp):
-    """logits (..., V) -> characters (...) of softmax(logits / temp), by Gumbel-max; 0: argmax."""
+    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0: argmax."""
     return (logits - temp * torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
@@ -222,8 +222,8 @@ def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
 # ---- evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """Exact negative log-likelihood of text at temperature 1, in nats per character: what each pass
-    pays, a tensor (windows, passes). Leaves the model in eval mode."""
+    """Exact negative log-likelihood of text at temperature 1, in nats per character for each
+    pass: a tensor (windows, passes). Leaves the model in eval mode."""
     model.eval()
     # Windows overlap by the context, which is given, so no character is scored twice.
     windows = model.tokenizer.encode(text).unfold(0, block_size, block_size - context)
@@ -257,9 +257,8 @@ def compiled(model):
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data and saves the weights that validate best in the file weights. Until
-    the end they are in <weights>.<checksum>.resume, with all that the same call needs to resume.
-    Raises OSError, ValueError."""
+    """Trains on the file data and writes the weights that validate best to the file weights. Until
+    then <weights>.<checksum>.resume is what the same call resumes. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -278,7 +277,7 @@ def train(data, weights, iters, seed=1337):
     checksum = zlib.crc32(repr(run).encode())
     state_path = Path(f"{weights}.{checksum:08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)  # load() reads it as a checkpoint too
+    state = dict(checkpoint, done=0, best=math.inf)  # with weights it is a checkpoint too
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:  # else it holds no model yet
@@ -323,7 +322,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # not moved: weights always exists
+        shutil.copyfile(weights, f"{weights}.old")  # not moved: it must always exist
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -334,7 +333,7 @@ def write(texts, characters):
     """Prints what generate() yields as it becomes final; counts and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
-    # No bar beside the text in a terminal. None: tqdm shows it if standard error is a terminal.
+    # No bar beside text in a terminal. disable=None: a bar if standard error is a terminal.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
@@ -349,11 +348,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(f"{name}.py", "%(prog)s [options]", "Writes text by default.")
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--train", action="store_true", help="keep the weights that score best")
+    mode.add_argument("--train", action="store_true", help="train and keep the best weights")
     mode.add_argument("--eval", action="store_true", help="score weights on the validation text")
     add("--iters", type=int, default=max_iters, help="iterations of training (%(default)s)")
     add("--data", type=Path, default=data_path, help="a text of your own")
-    add("--weights", type=Path, default=weights_path, help="the file to read or train to")
+    add("--weights", type=Path, default=weights_path, help="the file to read or write")
     add("--prompt", help="the text to start from")
     add("--length", type=int, default=2000, help="characters to write (%(default)s)")
     add("--seed", type=int, default=1337, help="random seed (%(default)s)")
