@@ -259,7 +259,7 @@ def main(argv=None):
     add("--prompt", help="the text to start from; diffusion fills its holes, '_'")
     add("--temp", type=float, default=1.0, help="temperature, 0 is greedy (%(default)s)")
     add("--looks", type=int, default=1, help="second looks at each block (%(default)s)")
-    add("--seed", type=int, default=1337, help="of all that is random (%(default)s)")
+    add("--seed", type=int, default=1337, help="random seed (%(default)s)")
     add("--diffusion", type=Path, default=diffusion.weights_path, help="weights of your own")
     add("--gpt", type=Path, default=gpt.weights_path, help="weights of your own")
     args = parser.parse_args(argv)
