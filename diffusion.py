@@ -9,7 +9,7 @@ gpt.py and diffusion.py are identical but for five changes, marked [1] to [5] in
 [4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
 [5] loss: GPT counts all characters; diffusion counts the hidden ones
 
-The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
+The model: RoPE for positions, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
 Shapes: B rows, T characters, D numbers per attention head, V characters to predict.
 """
 
@@ -39,11 +39,11 @@ n_embd = 384  # size of the vector of a character
 learning_rate = 0.005  # its peak, at the end of the warm-up
 warmup_iters = 100  # iterations of warm-up
 eval_interval = 500  # iterations between validations
-token_dropout = 0.1  # share of characters that training blanks, against memorising
+token_dropout = 0.1  # share of characters whose vector training zeroes, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 128  # [4] rows of block_size characters per iteration
-dropout = 0.0  # [4] share of each branch that is zeroed: none, as each epoch hides anew
-max_iters = 5000  # [4] iterations: more targets to learn from
+dropout = 0.0  # [4] none, as other characters are hidden each time
+max_iters = 5000  # [4] iterations: more, as the targets do not repeat
 columns = 8  # [3] a window is a table this wide; divides block_size and context
 
 script_path = Path(__file__).resolve()
@@ -76,7 +76,7 @@ class CharTokenizer:  # one character, one token; "_" is reserved for the mask
     def __init__(self, text):
         self.chars = "".join(sorted(set(text)))  # what is predicted
         self.vocab = self.chars + "_"  # [1] what is read
-        self.mask = len(self.chars)  # [1] its id
+        self.mask = len(self.chars)  # [1] the id of "_"
         self.ids = {char: i for i, char in enumerate(self.vocab)}
 
     def encode(self, text):
@@ -141,7 +141,7 @@ class Model(nn.Module):
     def forward(self, ids):  # [2]
         """ids (B, T) -> logits (B, T, V), float32."""
         rope = self.rope[:, : ids.size(1)]  # [2]
-        # dropout1d zeroes whole entries of dim 1, T: characters.
+        # dropout1d zeroes whole characters (dim 1, T).
         x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))
         for block in self.blocks:
             x = block(x, rope)  # [2]
@@ -150,7 +150,7 @@ class Model(nn.Module):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 def best_device():
-    """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
+    """The fastest device here, and bfloat16 where the hardware supports it, else float32."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # A private name, as torch 2.9 has no torch.cpu.get_capabilities.
@@ -178,18 +178,18 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        if not sizes().items() <= checkpoint.items():  # the weights do not show n_head
+        if not sizes().items() <= checkpoint.items():  # shapes of weights do not tell n_head
             raise ValueError
     except Exception:  # a damaged file can fail in any way
         faults = "missing, damaged, or made by another script or with other sizes"
         raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`") from None
-    device, fastest_dtype = best_device()
-    return model.to(device, dtype or fastest_dtype).eval()
+    device, default_dtype = best_device()
+    return model.to(device, dtype or default_dtype).eval()
 
 
 # ---- generation --------------------------------------------------------------------------------
 def draw(logits, temp):
-    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0: argmax."""
+    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0 is argmax."""
     return (logits - temp * torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
@@ -197,13 +197,13 @@ def draw(logits, temp):
 def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
     """Fills the holes of prompt (default: the model's), then continues it by length characters.
     Yields after each pass the text so far, holes as "_", and how many of its characters are final:
-    here those before the first hole of the block. Raises ValueError.
+    here those before the block. Raises ValueError.
 
     The window is a table, 8 characters to a line. In the draft each pass writes the column that the
     model is surest of; in a second look each column is erased and written again. The temperature
     falls with each pass, as the cube of the share of passes left: bold first, careful last. For
-    example, the three lines that follow "MERCUTIO: The ki" after 1, 2, 4, 8 and, with the second
-    look, 16 passes ("·" is a space, "/" a newline):
+    example, how the first three lines after "MERCUTIO: The ki" look after 1, 2, 4, 8 and, with the
+    second look, 16 passes ("·" is a space, "/" a newline):
 
         n_______    ng______    ngs____·    ngs·and·    ng,·and·
         p_______    pa______    par____e    part·the    part·the
@@ -217,14 +217,14 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
         yield text, given
     while "_" in text:
         first = text.index("_")
-        # Seen before the first hole: half a window of a prompt, later only the context.
+        # A prompt gives half a window to see. Later the context must do, so that blocks are long.
         start = max(0, first - (context if first > given else block_size // 2))
         end = start + block_size
         window = model.tokenizer.encode(text[start:end].ljust(block_size, "_"))
         block = window == mask  # (T,) what is to be written
         block[len(text) - start :] = False  # but not the padding
-        if text[end:].strip("_"):  # the prompt goes on: the next window sees both sides
-            block[-context:] = False
+        if text[end:].strip("_"):  # the prompt goes on
+            block[-context:] = False  # left to the next window, which sees both sides of these
 
         column_of = torch.arange(block_size) % columns
         block_columns = column_of[block].unique()
@@ -236,13 +236,13 @@ def generate(model, prompt=None, length=2000, temp=1.0, looks=1):  # [3]
             chosen = surest_column(logits, (block & (window == mask))[None])[0]
             window[chosen] = draw(logits[0, chosen], temp * (1 - i / passes) ** 3)
             written = text[:start] + model.tokenizer.decode(window)[: len(text) - start]
-            yield written + text[end:given], first  # without holes yet to come
+            yield written + text[end:given], first  # without blocks yet to come
         text = written + text[end:]
 
 
 def surest_column(logits, holes):
-    """logits (B, T, V), holes (B, T) -> in each row the holes (B, T) of the column whose top
-    probabilities are highest on average. Its characters, 8 apart, depend little on each other."""
+    """logits (B, T, V), holes (B, T) -> (B, T): each row's holes in its surest column, which has
+    the highest mean top probability. Its characters, 8 apart, depend little on each other."""
     certainty = logits.softmax(-1).amax(-1) * holes
     sums = certainty.unflatten(1, (-1, columns)).sum(1)  # (B, columns)
     counts = holes.unflatten(1, (-1, columns)).sum(1)
@@ -286,7 +286,7 @@ def loss_fn(model, rows):
 def hide(ids, mask):
     """Hides 1 to 8 neighbouring columns of the table in ids (B, T), but never the context: 8 are
     hidden when a draft begins, 1 in a second look. Neighbours did better than random columns.
-    MDLM and LLaDA hide each character with a probability t, uniform and drawn for each row:
+    Others (MDLM, LLaDA) hide each character with a probability t, uniform and drawn for each row:
     hidden = torch.rand(B, T) < torch.rand(B, 1)."""
     B, T = ids.shape
     # Stratified: each width equally often. On the CPU: a seed gives the same masks on any device.
@@ -314,8 +314,8 @@ def compiled(model):
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data and writes the weights that validate best to the file weights. Until
-    then <weights>.<checksum>.resume is what the same call resumes. Raises OSError, ValueError."""
+    """Trains on the file data. At the end the file weights gets the best weights; until then the
+    same call resumes from <weights>.<checksum>.resume. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -325,16 +325,17 @@ def train(data, weights, iters, seed=1337):
 
     model = Model(CharTokenizer(train_text + val_text), prompt=train_text[:context]).to(device)
     inner, outer = model.blocks.parameters(), (model.embed.weight, model.head.weight)
-    # match_rms_adamw scales Muon's updates so that both optimisers can share a learning rate.
+    # Muon makes the updates of the Blocks' matrices nearly orthogonal, AdamW has the rest.
+    # match_rms_adamw scales Muon's updates so that both can share a learning rate.
     muon = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    # Another run, even by an edited script, has another checksum, so another file.
+    # Other settings, texts or code give another checksum, so another file.
     run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
     checksum = zlib.crc32(repr(run).encode())
     state_path = Path(f"{weights}.{checksum:08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)  # with weights it is a checkpoint too
+    state = dict(checkpoint, done=0, best=math.inf)  # with weights, load() can read it
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:  # else it holds no model yet
@@ -379,7 +380,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # not moved: it must always exist
+        shutil.copyfile(weights, f"{weights}.old")  # not moved, so that weights always exists
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -390,7 +391,7 @@ def write(texts, characters):
     """Prints what generate() yields as it becomes final; counts and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
-    # No bar beside text in a terminal. disable=None: a bar if standard error is a terminal.
+    # True: no bar beside text in a terminal. None: a bar if standard error is a terminal.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1

@@ -9,7 +9,7 @@ gpt.py and diffusion.py are identical but for five changes, marked [1] to [5] in
 [4] training: GPT learns to predict the next character; diffusion learns to restore hidden ones
 [5] loss: GPT counts all characters; diffusion counts the hidden ones
 
-The model: RoPE, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
+The model: RoPE for positions, RMSNorm without weights, QK-norm, ReLU^2 MLP, no biases.
 Shapes: B rows, T characters, D numbers per attention head, V characters to predict.
 """
 
@@ -39,10 +39,10 @@ n_embd = 384  # size of the vector of a character
 learning_rate = 0.005  # its peak, at the end of the warm-up
 warmup_iters = 100  # iterations of warm-up
 eval_interval = 500  # iterations between validations
-token_dropout = 0.1  # share of characters that training blanks, against memorising
+token_dropout = 0.1  # share of characters whose vector training zeroes, against memorising
 weight_decay = 0.6  # of all weights, against memorising
 batch_size = 32  # [4] rows of block_size characters per iteration
-dropout = 0.35  # [4] share of each branch that is zeroed, as each epoch has the same targets
+dropout = 0.35  # [4] share of what each Block adds that is zeroed, as the targets repeat
 max_iters = 2400  # [4] iterations: more would memorise
 
 script_path = Path(__file__).resolve()
@@ -116,13 +116,13 @@ class Block(nn.Module):  # attention, then an MLP; each adds its output to x
         q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, n_head, T, D)
         q = rotate(norm(q), rope)
         k = rotate(norm(k), rope)
-        if cache is not None:  # [2] nothing looks ahead, so past keys and values stay
+        if cache is not None:  # [2] nothing looks ahead, so past keys and values stay valid
             if self in cache:
                 past_k, past_v = cache[self]
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             cache[self] = k, v
-        # [2] From position 0 a pass is causal. A later one reads one character, which sees all of
-        # the past. (Several would need a causal mask with an offset.)
+        # [2] A pass without a past is causal. One with a past reads one character, which may see
+        # it all. (Several would need a causal mask with an offset.)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # [2]
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_embd)
         x = x + F.dropout(self.proj(y), dropout, self.training)
@@ -147,7 +147,7 @@ class Model(nn.Module):
         (keys, values) of what was read so far."""
         past = cache[self.blocks[0]][0].size(2) if cache else 0  # [2] characters read so far
         rope = self.rope[:, past : past + ids.size(1)]  # [2]
-        # dropout1d zeroes whole entries of dim 1, T: characters.
+        # dropout1d zeroes whole characters (dim 1, T).
         x = norm(F.dropout1d(self.embed(ids), token_dropout, self.training))
         for block in self.blocks:
             x = block(x, rope, cache)  # [2]
@@ -156,7 +156,7 @@ class Model(nn.Module):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 def best_device():
-    """The fastest device here, and bfloat16 where its hardware computes in it, else float32."""
+    """The fastest device here, and bfloat16 where the hardware supports it, else float32."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # A private name, as torch 2.9 has no torch.cpu.get_capabilities.
@@ -184,18 +184,18 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        if not sizes().items() <= checkpoint.items():  # the weights do not show n_head
+        if not sizes().items() <= checkpoint.items():  # shapes of weights do not tell n_head
             raise ValueError
     except Exception:  # a damaged file can fail in any way
         faults = "missing, damaged, or made by another script or with other sizes"
         raise ValueError(f"{path} is {faults}: make it with `{name}.py --train`") from None
-    device, fastest_dtype = best_device()
-    return model.to(device, dtype or fastest_dtype).eval()
+    device, default_dtype = best_device()
+    return model.to(device, dtype or default_dtype).eval()
 
 
 # ---- generation --------------------------------------------------------------------------------
 def draw(logits, temp):
-    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0: argmax."""
+    """logits (..., V) -> ids (...) drawn from softmax(logits / temp) by Gumbel-max; 0 is argmax."""
     return (logits - temp * torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
@@ -207,7 +207,7 @@ def generate(model, prompt=None, length=2000, temp=1.0):  # [3]
     if not text:  # [3]
         raise ValueError("the prompt is empty: give a character to start from")
     window, cache = model.tokenizer.encode(text), {}  # [2]
-    if not length:  # one yield at least
+    if not length:  # the caller needs one yield
         yield text, len(text)
     for _ in range(length):
         if len(window) > block_size:  # full: restart from its last half
@@ -257,8 +257,8 @@ def compiled(model):
 
 
 def train(data, weights, iters, seed=1337):
-    """Trains on the file data and writes the weights that validate best to the file weights. Until
-    then <weights>.<checksum>.resume is what the same call resumes. Raises OSError, ValueError."""
+    """Trains on the file data. At the end the file weights gets the best weights; until then the
+    same call resumes from <weights>.<checksum>.resume. Raises OSError, ValueError."""
     if weights.is_dir():
         raise ValueError(f"{weights} is a folder: name a file")
     torch.manual_seed(seed)
@@ -268,16 +268,17 @@ def train(data, weights, iters, seed=1337):
 
     model = Model(CharTokenizer(train_text + val_text), prompt=train_text[:context]).to(device)
     inner, outer = model.blocks.parameters(), (model.embed.weight, model.head.weight)
-    # match_rms_adamw scales Muon's updates so that both optimisers can share a learning rate.
+    # Muon makes the updates of the Blocks' matrices nearly orthogonal, AdamW has the rest.
+    # match_rms_adamw scales Muon's updates so that both can share a learning rate.
     muon = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
-    # Another run, even by an edited script, has another checksum, so another file.
+    # Other settings, texts or code give another checksum, so another file.
     run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
     checksum = zlib.crc32(repr(run).encode())
     state_path = Path(f"{weights}.{checksum:08x}.resume")
     checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
-    state = dict(checkpoint, done=0, best=math.inf)  # with weights it is a checkpoint too
+    state = dict(checkpoint, done=0, best=math.inf)  # with weights, load() can read it
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
     if state["done"]:  # else it holds no model yet
@@ -322,7 +323,7 @@ def train(data, weights, iters, seed=1337):
         bar.write(f"iteration {i}: {nats:.4f} nats per character", sys.stderr)
 
     if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # not moved: it must always exist
+        shutil.copyfile(weights, f"{weights}.old")  # not moved, so that weights always exists
     save(dict(checkpoint, weights=state["weights"]), weights)
     state_path.unlink()
     print(f"{weights}: {state['best']:.4f} nats per character", file=sys.stderr)
@@ -333,7 +334,7 @@ def write(texts, characters):
     """Prints what generate() yields as it becomes final; counts and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
-    # No bar beside text in a terminal. disable=None: a bar if standard error is a terminal.
+    # True: no bar beside text in a terminal. None: a bar if standard error is a terminal.
     for text, final in tqdm(texts, unit=" passes", disable=os.isatty(1) or None):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1

@@ -232,9 +232,9 @@ def measure_infill(models, train, val, args):
 
 # ---- speed -------------------------------------------------------------------------------------
 def measure_speed(models, train, val, args):
-    device, fastest_dtype = gpt.best_device()
+    device, default_dtype = gpt.best_device()
     where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    for dtype in dict.fromkeys((torch.float32, fastest_dtype)):
+    for dtype in dict.fromkeys((torch.float32, default_dtype)):
         seconds = np.zeros((len(models), args.runs))
         passes = [0] * len(models)
         for i in range(args.runs):
