@@ -131,6 +131,7 @@ class Model(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.prompt = prompt  # what generate() starts from if given none
+        self.sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
         self.embed = nn.Embedding(len(tokenizer.vocab), n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.head = nn.Linear(n_embd, len(tokenizer.chars), bias=False)
@@ -158,10 +159,6 @@ def best_device():
     return device, (torch.bfloat16 if cuda_bf16 or cpu_bf16 else torch.float32)
 
 
-def sizes():
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-
-
 def save(contents, path):
     """Writes a file beside path, then renames it: path is never half written. Raises OSError."""
     buffer = io.BytesIO()  # torch.save to a path raises RuntimeError, not OSError
@@ -178,7 +175,7 @@ def load(path, dtype=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(CharTokenizer(checkpoint["chars"]), checkpoint["prompt"])
         model.load_state_dict(checkpoint["weights"])
-        if not sizes().items() <= checkpoint.items():  # shapes of weights do not tell n_head
+        if not model.sizes.items() <= checkpoint.items():  # shapes of weights do not tell n_head
             raise ValueError
     except Exception:  # a damaged file can fail in any way
         faults = "missing, damaged, or made by another script or with other sizes"
@@ -304,7 +301,6 @@ def rate(i, iters):
 
 
 def compiled(model):
-    """The model, compiled if there are CUDA and Triton."""
     if model.rope.device.type != "cuda" or not find_spec("triton"):
         return model
     print("compiling; where that fails, training goes on uncompiled", file=sys.stderr)
@@ -331,10 +327,10 @@ def train(data, weights, iters, seed=1337):
     adamw = torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
     # Other settings, texts or code give another checksum, so another file.
-    run = iters, seed, sizes(), script_path.read_bytes(), train_text, val_text
+    run = iters, seed, model.sizes, script_path.read_bytes(), train_text, val_text
     checksum = zlib.crc32(repr(run).encode())
     state_path = Path(f"{weights}.{checksum:08x}.resume")
-    checkpoint = dict(sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
+    checkpoint = dict(model.sizes, chars=model.tokenizer.chars, prompt=model.prompt)
     state = dict(checkpoint, done=0, best=math.inf)  # with weights, load() can read it
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
@@ -387,8 +383,8 @@ def train(data, weights, iters, seed=1337):
 
 
 # ---- command line ------------------------------------------------------------------------------
-def write(texts, characters):
-    """Prints what generate() yields as it becomes final; counts and time go to standard error."""
+def write(texts):
+    """Prints what generate() yields as it becomes final; passes and time go to standard error."""
     began = time.perf_counter()
     shown = passes = 0
     # True: no bar beside text in a terminal. None: a bar if standard error is a terminal.
@@ -396,9 +392,7 @@ def write(texts, characters):
         print(text[shown:final], end="", flush=True)
         shown, passes = final, passes + 1
     print(text[shown:], flush=True)
-    if characters:
-        seconds = time.perf_counter() - began
-        print(f"{characters} characters, {passes} passes, {seconds:.1f} s", file=sys.stderr)
+    print(f"{passes} passes, {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
 def main(argv=None):
@@ -433,8 +427,7 @@ def main(argv=None):
         else:
             model = load(args.weights)
             torch.manual_seed(args.seed)
-            texts = generate(model, args.prompt, args.length, args.temp, args.looks)  # [3]
-            write(texts, args.length + (args.prompt or "").count("_"))  # [3]
+            write(generate(model, args.prompt, args.length, args.temp, args.looks))  # [3]
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}.py: {error}\n")
     except KeyboardInterrupt:

@@ -97,7 +97,6 @@ def ngram(texts, order, characters):
 @torch.no_grad()
 def measure_nats(models, train, val, args):
     size = gpt.block_size
-    stride = size - gpt.context
     texts = {"validation": val, "training": train[-len(val) :]}
     nanogpt_windows = pieces(val, size + 1, size)  # inputs and targets
     rows = []  # for each row its nats of each window of the validation text
@@ -115,7 +114,7 @@ def measure_nats(models, train, val, args):
         difference = mean(rows[-1] - rows[0], sign="+")
         row(name, mean(rows[-1]), difference, mean(nats["training"].mean(1)), on_nanogpt_windows)
     seven_gram = ngram([train], 7, len(set(train + val)))
-    windows = pieces(val, size, stride)
+    windows = pieces(val, size, size - gpt.context)
     rows.append(np.array([seven_gram(window)[gpt.context :].mean() for window in windows]))
     on_nanogpt_windows = mean([seven_gram(window)[1:].mean() for window in nanogpt_windows])
     row("7-gram", mean(rows[-1]), mean(rows[-1] - rows[0], sign="+"), "", on_nanogpt_windows)
@@ -175,13 +174,11 @@ def measure_text(models, train, val, args):
     known = [known_words([stretch], vocabulary) for stretch in stretches]
     row("all held-out text", "", "", mean(known), "", "", "")
     for name, script, model in models:
-        if script is gpt:
-            ways = [dict(temp=temp) for temp in args.temps]
-        else:
-            ways = [dict(temp=temp, looks=1) for temp in args.temps]
+        ways = [dict(temp=temp) for temp in args.temps]
+        if script is diffusion:
             ways += [dict(temp=1.0, looks=0), dict(temp=1.0, looks=2)]
         for way in ways:
-            passes = 240 if script is gpt else (1 + way["looks"]) * diffusion.columns
+            passes = 240 if script is gpt else (1 + way.get("looks", 1)) * diffusion.columns
             samples = [write(script, model, args, seed, way) for seed in range(args.seeds)]
             row(name, passes, way["temp"], *map(mean, judge(samples, train, scored)))
     print(f"\n{args.seeds} seeds, {args.texts} texts of {args.length} characters by each")
@@ -215,8 +212,7 @@ def hidden_words(text, n):
     half = gpt.block_size // 2
     found = re.finditer(r"(?<![A-Za-z'])[A-Za-z]{4,8}(?![A-Za-z'])", text)
     spans = [word.span() for word in found if half <= word.start() <= len(text) - half]
-    spans = evenly(spans, n)
-    return [(text[a - half : a + half], half, half + b - a) for a, b in spans]
+    return [(text[a - half : a + half], half, half + b - a) for a, b in evenly(spans, n)]
 
 
 def measure_infill(models, train, val, args):
@@ -264,8 +260,7 @@ def main(argv=None):
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
     add("--texts", type=int, default=4, help="text: by each seed (%(default)s)")
     add("--seeds", type=int, default=7, help="text: how many (%(default)s)")
-    temps = [0.9, 1.0, 1.1]
-    add("--temps", type=float, nargs="+", default=temps, help="text: temperatures (%(default)s)")
+    add("--temps", type=float, nargs="+", default=[0.9, 1.0, 1.1], help="text (%(default)s)")
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")
     args = parser.parse_args(argv)

@@ -81,7 +81,7 @@ def fails(capsys, tmp_path):
 
 
 def checkpoint(model, path):
-    contents = dict(gpt.sizes(), chars=model.tokenizer.chars, prompt=model.prompt)
+    contents = dict(model.sizes, chars=model.tokenizer.chars, prompt=model.prompt)
     weights = {key: weight.bfloat16() for key, weight in model.state_dict().items()}
     torch.save(dict(contents, weights=weights), path)
     return path

@@ -51,10 +51,10 @@ def test_prints_what_can_no_longer_change(script, here, capsys, monkeypatch, arg
     rest = capsys.readouterr()
     torch.manual_seed(seed)
     yields = list(generate(model, *asked))
-    text, length = yields[-1][0], asked[1]
+    text = yields[-1][0]
     assert outs[1:] == [text[:final] for text, final in yields]
     assert outs[-1] + rest.out == f"{text}\n" and text.startswith(asked[0] or "once upon a time")
-    assert (f"{length} characters, {len(yields)} passes" in rest.err) == (length > 0)
+    assert f"{len(yields)} passes" in rest.err
 
 
 def test_holes_of_the_prompt_are_filled_with_as_many_looks_as_asked(capsys, tmp_path):
@@ -66,7 +66,7 @@ def test_holes_of_the_prompt_are_filled_with_as_many_looks_as_asked(capsys, tmp_
         output = capsys.readouterr()
         assert output.out.startswith("to be. or ") and len(output.out) == 20
         assert "_" not in output.out and output.out[13] == output.out[16] == " "
-        assert f"7 characters, {passes} passes" in output.err
+        assert output.err.startswith(f"{passes} passes")
 
 
 def test_eval_prints_nats_and_bits(script, here, capsys):
@@ -92,10 +92,12 @@ def test_eval_prints_nats_and_bits(script, here, capsys):
         (["--weights", "nowhere.pt"], "nowhere.pt is missing"),
         (["--eval", "--data", "mine.txt"], "mine.txt"),
         (["--train", "--weights", "."], "is a folder"),
+        (["--train", "--weights", "data.txt/weights.pt"], "data.txt"),
     ],
 )
 def test_bad_input_gets_one_line(script, here, fails, monkeypatch, args, says):
     monkeypatch.chdir(here)
+    monkeypatch.setattr(script, "loss_fn", None)  # it ends before the first iteration
     assert says in fails(script, *args)
 
 
@@ -183,5 +185,5 @@ def test_where_standard_output_is_no_file_the_signals_stay_as_they_are(stdout, m
     monkeypatch.setattr(sys, "stdout", stdout)
     runpy.run_path(str(ROOT / "diffusion.py"), run_name="__main__")
     assert stdout is None or stdout.getvalue().startswith("First Citizen:\nB")
-    assert "1 characters, 2 passes" in capsys.readouterr().err
+    assert "2 passes" in capsys.readouterr().err
     assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]

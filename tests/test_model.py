@@ -10,21 +10,11 @@ import diffusion
 import gpt
 
 
-def test_decoding_undoes_encoding(script):
-    text = "naïve 日本\n𝄞 text"
-    tokenizer = script.CharTokenizer(text)
-    ids = tokenizer.encode(text)
-    assert ids.dtype == torch.int64 and ids.shape == (len(text),)
-    assert ids.max() == len(set(text)) - 1 and tokenizer.decode(ids) == text
-
-
 def test_the_mask_is_read_but_never_predicted():
-    with pytest.raises(ValueError, match="_"):
-        gpt.CharTokenizer(CHARS).encode("a_b")
     tokenizer = diffusion.CharTokenizer(CHARS)
-    assert tokenizer.decode(tokenizer.encode("a_b")) == "a_b"
-    logits = random_model(diffusion)(tokenizer.encode("a_b")[None])
-    assert logits.shape == (1, 3, len(CHARS)) and tokenizer.mask == len(CHARS)
+    ids = tokenizer.encode("a_b")
+    assert tokenizer.decode(ids) == "a_b" and ids[1] == tokenizer.mask
+    assert random_model(diffusion)(ids[None]).shape == (1, 3, len(CHARS))
 
 
 def test_only_diffusion_sees_what_comes_later(script):

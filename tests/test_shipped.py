@@ -1,4 +1,4 @@
-"""The real text and the weights in the repository, where they are there."""
+"""The weights in the repository, and the real text where it is there."""
 
 import hashlib
 import re
@@ -7,14 +7,9 @@ import pytest
 import torch
 from conftest import mean_score
 
-import diffusion
 import gpt
 
 text_is_here = pytest.mark.skipif(not gpt.data_path.exists(), reason="there is no data.txt")
-weights_are_here = pytest.mark.skipif(
-    not (gpt.weights_path.exists() and diffusion.weights_path.exists()),
-    reason="there are no weights in weights/",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +27,6 @@ def test_the_text_is_tiny_shakespeare(script):
     assert (train + validation).encode() == content and len(validation) == 111_540
 
 
-@weights_are_here
 def test_the_weights_are_of_this_model(script):
     model = script.load(script.weights_path)
     assert sum(weight.numel() for weight in model.parameters()) // 100_000 == 106
@@ -41,21 +35,15 @@ def test_the_weights_are_of_this_model(script):
 
 
 @text_is_here
-@weights_are_here
-def test_the_weights_predict_what_they_were_not_trained_on(script):
-    """On the first characters of it; characters drawn by their frequency alone would score 3.3."""
-    validation = script.read_splits(script.data_path)[1][:3_000]
-    score = mean_score(script, script.load(script.weights_path), validation)
+def test_the_weights_predict_what_they_were_not_trained_on_and_write_words_and_lines(script):
+    """Characters drawn by their frequency alone would score 3.3."""
+    train, validation = script.read_splits(script.data_path)
+    model = script.load(script.weights_path)
+    score = mean_score(script, model, validation[:3_000])
     assert 1.1 < score < (1.3 if script is gpt else 1.45)
-
-
-@text_is_here
-@weights_are_here
-def test_what_they_write_are_mostly_words_and_lines(script):
-    train, _ = script.read_splits(script.data_path)
-    known = set(re.findall(r"[a-z']+", train.lower()))
     torch.manual_seed(0)
-    *_, (text, _) = script.generate(script.load(script.weights_path), length=480)
+    *_, (text, _) = script.generate(model, length=480)
+    known = set(re.findall(r"[a-z']+", train.lower()))
     words = re.findall(r"[a-z']+", text.lower())
     assert 60 < len(words) < 135
     assert sum(word in known for word in words) / len(words) > 0.75

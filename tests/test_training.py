@@ -178,6 +178,7 @@ def test_the_same_command_goes_on_as_if_nothing_had_been(script, scripted, capsy
     assert [state] == states_in(weights.parent) and holds(script, state, states[1])
     errors = capsys.readouterr().err
     assert f"state in {state}, 0 of 6 iterations done\n" in errors
+    assert "iteration 2: 3.0000 nats" in errors
     assert errors.endswith(".py: stopped; a training goes on with the same command\n")
     run(2.0)
     assert f"state in {state}, 4 of 6 iterations done\n" in capsys.readouterr().err
@@ -252,11 +253,3 @@ def test_weights_stay_until_a_run_ends_and_then_as_old(script, scripted, capsys)
     assert weights.read_bytes() == first and not old.exists()
     run(7.0, 6.0, args=["--seed", "3"])
     assert old.read_bytes() == first != weights.read_bytes()
-
-
-def test_what_cannot_be_written_is_found_before_the_first_iteration(
-    script, toy, fails, monkeypatch
-):
-    """Here as a folder is a file."""
-    monkeypatch.setattr(script, "loss_fn", None)
-    assert "data.txt" in fails(script, *command((toy[0], toy[0] / "weights.pt")))
