@@ -174,11 +174,13 @@ def measure_text(models, train, val, args):
     known = [known_words([stretch], vocabulary) for stretch in stretches]
     row("all held-out text", "", "", mean(known), "", "", "")
     for name, script, model in models:
-        ways = [dict(temp=temp) for temp in args.temps]
-        if script is diffusion:
+        if script is gpt:
+            ways = [dict(temp=temp) for temp in args.temps]
+        else:
+            ways = [dict(temp=temp, looks=1) for temp in args.temps]
             ways += [dict(temp=1.0, looks=0), dict(temp=1.0, looks=2)]
         for way in ways:
-            passes = 240 if script is gpt else (1 + way.get("looks", 1)) * diffusion.columns
+            passes = 240 if script is gpt else (1 + way["looks"]) * diffusion.columns
             samples = [write(script, model, args, seed, way) for seed in range(args.seeds)]
             row(name, passes, way["temp"], *map(mean, judge(samples, train, scored)))
     print(f"\n{args.seeds} seeds, {args.texts} texts of {args.length} characters by each")
@@ -260,7 +262,8 @@ def main(argv=None):
     add("--words", type=int, default=200, help="infill: how many (%(default)s)")
     add("--texts", type=int, default=4, help="text: by each seed (%(default)s)")
     add("--seeds", type=int, default=7, help="text: how many (%(default)s)")
-    add("--temps", type=float, nargs="+", default=[0.9, 1.0, 1.1], help="text (%(default)s)")
+    temps = [0.9, 1.0, 1.1]
+    add("--temps", type=float, nargs="+", default=temps, help="text: temperatures (%(default)s)")
     add("--length", type=int, default=2000, help="text, speed: characters (%(default)s)")
     add("--runs", type=int, default=5, help="speed: of each (%(default)s)")
     args = parser.parse_args(argv)
